@@ -1,7 +1,6 @@
 """Shared fixtures: a small learner, its model store with a real archive, one TorchServe for the whole session."""
 
 import io
-import os
 import shutil
 import subprocess
 import sys
