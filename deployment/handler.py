@@ -266,21 +266,26 @@ def overlay(photo: Image.Image, mask: np.ndarray, codes: list[str]) -> Image.Ima
     return Image.blend(photo.convert("RGB"), mask_image(mask, codes).convert("RGB"), 0.5)
 
 
-def mask_at_photo_size(mask: np.ndarray, size: tuple[int, int], method: str = "squish") -> np.ndarray:
-    """`mask`, predicted on a photo that `resize(…, method)` shaped, at the photo's own `size` (width, height).
+def mask_at_photo_size(mask: np.ndarray, size: tuple[int, int], resize: dict) -> np.ndarray:
+    """`mask`, predicted on a photo of `size` (width, height) that went through `resize(photo, **resize)`, at that size.
 
-    Each pixel takes the class of the nearest pixel of the mask. With method `crop` the model saw only the middle of
-    the photo: what lies outside continues the mask's edge.
+    Each pixel takes the class of the nearest pixel of the mask. Where the model saw only the middle of the photo,
+    the rest continues the mask's edge.
     """
-    width, height = size
-    h, w = mask.shape
-    seen_w, seen_h = width, height
-    if method != "squish":
-        scale = (max if method == "pad" else min)(width / w, height / h)
-        seen_w, seen_h = max(int(scale * w), 1), max(int(scale * h), 1)
-    left, top = int(0.5 * (width - seen_w)), int(0.5 * (height - seen_h))
-    columns = ((np.arange(width) + 0.5 - left) * w / seen_w).astype(int).clip(0, w - 1)
-    rows = ((np.arange(height) + 0.5 - top) * h / seen_h).astype(int).clip(0, h - 1)
+    width, height = box_w, box_h = w, h = size
+    if resize.get("size"):
+        h, w = resize["size"]
+        if (method := resize.get("method", "squish")) != "squish":
+            scale = (max if method == "pad" else min)(width / w, height / h)
+            box_w, box_h = max(int(scale * w), 1), max(int(scale * h), 1)
+    columns = (np.arange(width) + 0.5 - int(0.5 * (width - box_w))) * w / box_w
+    rows = (np.arange(height) + 0.5 - int(0.5 * (height - box_h))) * h / box_h
+    if resize.get("crop"):
+        crop_h, crop_w = resize["crop"]
+        columns, rows = columns - (w - crop_w) // 2, rows - (h - crop_h) // 2
+        h, w = crop_h, crop_w
+    columns = (columns * mask.shape[1] / w).astype(int).clip(0, mask.shape[1] - 1)
+    rows = (rows * mask.shape[0] / h).astype(int).clip(0, mask.shape[0] - 1)
     return mask[rows][:, columns]
 
 
@@ -386,7 +391,11 @@ class UnetHandler:
             return
         except Exception as error:
             if not out_of_memory(error):
-                raise
+                if self.config["resize"]:
+                    raise
+                for photo in photos:  # the warm-up went well: it is the photo's own size that does not fit
+                    photo.error = bad_request("the model takes no photo of this size")
+                return
         # Only here, outside of `except`, are the tensors of the failed pass free again.
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -427,9 +436,9 @@ class UnetHandler:
         """The answer for one photo: a picture as bytes, or what JSON says of the mask or of the error."""
         if photo.error:
             return {"error": photo.error.as_json()}
-        codes, mask, resized = self.config["codes"], photo.mask, self.config["resize"]
-        if job.size == "original" and resized:
-            mask = mask_at_photo_size(mask, photo.size, resized["method"])
+        codes, mask = self.config["codes"], photo.mask
+        if job.size == "original":
+            mask = mask_at_photo_size(mask, photo.size, self.config["resize"] or {})
         if job.format == "json":
             content = {"base64_prediction": base64.b64encode(mask.tobytes()).decode()}
         else:

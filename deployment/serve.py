@@ -231,7 +231,7 @@ def drain(management_port: int, timeout: float = 25) -> None:
     import psutil  # comes with TorchServe
 
     deadline, quiet, before = time.monotonic() + timeout, 0, {}
-    while quiet < 5 and time.monotonic() < deadline:
+    while quiet < 2 and time.monotonic() < deadline:
         try:
             model = describe(management_port)
             times = {worker["pid"]: psutil.Process(worker["pid"]).cpu_times()[:2] for worker in model["workers"]}
@@ -240,7 +240,7 @@ def drain(management_port: int, timeout: float = 25) -> None:
             return
         quiet = quiet + 1 if times == before and not waiting else 0
         before = times
-        time.sleep(0.1)
+        time.sleep(0.25)
 
 
 def stop(server: subprocess.Popen) -> None:
