@@ -336,7 +336,8 @@ def activation_shapes(encoder: nn.Sequential, n_in: int, img_size: Sequence[int]
                 x = child(x)
             shapes.append(x.shape)
         except (RuntimeError, ValueError, TypeError, AttributeError) as e:
-            raise ValueError(f"child {i} of the encoder, {type(child).__name__}, cannot follow the one before: {e}") from e
+            message = f"child {i} of the encoder, {type(child).__name__}, cannot follow the one before: {e}"
+            raise ValueError(message) from e
     encoder.train()
     return shapes
 
@@ -355,3 +356,20 @@ def resize_to(x: Tensor, like: Tensor) -> Tensor:
     if x.shape[-2:] != like.shape[-2:]:
         x = F.interpolate(x, like.shape[-2:], mode="nearest")
     return x
+
+
+def decode(logits: Tensor, activation: str | None = "softmax", threshold: float | None = None) -> Tensor:
+    """The mask that `learn.predict` makes of `logits`: its loss function's `activation`, then its `decodes`.
+
+    The activation stays in because rounding can make equal what was not: ties go to the first class.
+
+    Args:
+        logits: (N, n_classes, H, W) float.
+        activation: "softmax" over the classes, "sigmoid", or None.
+        threshold: None for the class of the highest value; a number, with one output channel, for class 1 above it.
+
+    Returns:
+        (N, H, W) uint8.
+    """
+    values = {"softmax": lambda x: x.softmax(dim=1), "sigmoid": torch.sigmoid, None: lambda x: x}[activation](logits)
+    return (values.argmax(dim=1) if threshold is None else values[:, 0] > threshold).to(torch.uint8)
