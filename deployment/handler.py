@@ -20,6 +20,7 @@ from http import HTTPStatus
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import functional as tvf
 
@@ -180,34 +181,84 @@ def open_image(data: bytes, n_in: int = 3) -> Image.Image:
 
 
 def resize(
-    image: Image.Image, size: tuple[int, int], method: str = "squish", pad_mode: str = "reflection"
+    image: Image.Image,
+    size: tuple[int, int] | None = None,
+    method: str = "squish",
+    pad_mode: str = "reflection",
+    resample: str = "bilinear",
+    crop: tuple[int, int] | None = None,
+    crop_pad_mode: str = "zeros",
 ) -> Image.Image:
-    """`image` at `size` (height, width), as fastai's `Resize(size, method, pad_mode)` does it at validation time."""
-    h, w = size
-    if method != "squish":
-        larger = image.width / w > image.height / h
-        scale = image.width / w if larger == (method == "pad") else image.height / h
-        crop_w, crop_h = int(scale * w), int(scale * h)
-        left, top = int(0.5 * (image.width - crop_w)), int(0.5 * (image.height - crop_h))
-        box = max(left, 0), max(top, 0), min(left + crop_w, image.width), min(top + crop_h, image.height)
-        padding = [
-            max(-left, 0),
-            max(-top, 0),
-            max(crop_w - image.width + left, 0),
-            max(crop_h - image.height + top, 0),
-        ]
-        mode = {"zeros": "constant", "border": "edge", "reflection": "reflect"}[pad_mode]
-        image = tvf.pad(image.crop(box), padding, padding_mode=mode)
-    return image.resize((w, h), Image.Resampling.BILINEAR)
+    """`image` as fastai's item transforms leave it at validation time.
+
+    Args:
+        size, method, pad_mode, resample: as in `Resize`, with `size` as (height, width); None does not resize.
+        crop, crop_pad_mode: (height, width) that is then cut out of the middle, or padded to, as `CropPad`,
+            `RandomCrop` and the last step of `RandomResizedCrop` do it.
+    """
+    if size is not None:
+        h, w = size
+        if method != "squish":  # first cut or pad the photo to the aspect ratio of `size`
+            wider = image.width / w > image.height / h
+            scale = image.width / w if wider == (method == "pad") else image.height / h
+            box_w, box_h = int(scale * w), int(scale * h)
+            left, top = int(0.5 * (image.width - box_w)), int(0.5 * (image.height - box_h))
+            image = crop_pad(image, left, top, box_w, box_h, pad_mode)
+        image = image.resize((w, h), Image.Resampling[resample.upper()])
+    if crop is not None:
+        h, w = crop
+        image = crop_pad(image, (image.width - w) // 2, (image.height - h) // 2, w, h, crop_pad_mode)
+    return image
 
 
-def to_tensor(image: Image.Image, mean: list[float] | None = None, std: list[float] | None = None) -> torch.Tensor:
-    """`image` as float32 (channels, height, width) in 0..1, then normalized where `mean` and `std` are given."""
+def crop_pad(image: Image.Image, left: int, top: int, width: int, height: int, pad_mode: str) -> Image.Image:
+    """The part of `image` that begins at (`left`, `top`), padded where it reaches beyond the image."""
+    right, bottom = left + width, top + height
+    padding = max(-left, 0), max(-top, 0), max(right - image.width, 0), max(bottom - image.height, 0)
+    image = image.crop((max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height)))
+    mode = {"zeros": "constant", "border": "edge", "reflection": "reflect"}[pad_mode]
+    return tvf.pad(image, padding, padding_mode=mode) if any(padding) else image
+
+
+def to_tensor(
+    image: Image.Image,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
+    affine: list[dict] | None = None,
+) -> torch.Tensor:
+    """`image` as float32 (channels, height, width) in 0..1, as fastai's batch transforms leave it at validation time.
+
+    `affine` holds the options of `resample` for each affine augmentation of the learner; `mean` and `std` normalize.
+    """
     x = torch.from_numpy(np.array(image)).float().div_(255.0)
     x = x.permute(2, 0, 1) if x.ndim == 3 else x[None]
+    for options in affine or ():
+        x = resample(x, **options)
     if mean is not None:
         x = (x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     return x.contiguous()
+
+
+def resample(
+    x: torch.Tensor,
+    size: tuple[int, int] | None = None,
+    mode: str = "bilinear",
+    pad_mode: str = "reflection",
+    align_corners: bool | None = True,
+) -> torch.Tensor:
+    """`x` (channels, height, width) as fastai's affine augmentations leave it at validation time.
+
+    They do not turn or zoom it then, but still sample it anew, at `size` (height, width) where that is given: see
+    `AffineCoordTfm`, `affine_coord` and `_grid_sample` in fastai.vision.augment, whose arithmetic this is.
+    """
+    x = x[None]
+    grid = F.affine_grid(torch.eye(2, 3)[None], [*x.shape[:2], *(size or x.shape[-2:])], align_corners=align_corners)
+    if mode == "bilinear":
+        zoom = 1 / (grid.max() - grid.min()).item() * 2
+        shrink = min(x.shape[-2] / grid.shape[-2], x.shape[-1] / grid.shape[-1]) / 2
+        if shrink > 1 and shrink > zoom:
+            x = F.interpolate(x, scale_factor=1 / shrink, mode="area", recompute_scale_factor=True)
+    return F.grid_sample(x, grid, mode=mode, padding_mode=pad_mode, align_corners=align_corners)[0]
 
 
 def load_model(config: dict, weights: str) -> DynamicUnetDIY:
@@ -357,7 +408,7 @@ class UnetHandler:
                 image = resize(image, **c["resize"])
                 shown = shown if job.size == "original" else image
             photo.shown = shown if job.format == "overlay" else None
-            photo.x = to_tensor(image, c["mean"], c["std"])
+            photo.x = to_tensor(image, c["mean"], c["std"], c.get("affine"))
         except Rejected as error:
             photo.error = error
         except MemoryError:
