@@ -25,9 +25,9 @@ from PIL import Image
 from torchvision.transforms import functional as tvf
 
 if __package__:
-    from .model import DynamicUnetDIY
+    from .model import DynamicUnetDIY, decode
 else:  # inside the archive, where the files lie side by side
-    from model import DynamicUnetDIY
+    from model import DynamicUnetDIY, decode
 
 logger = logging.getLogger(__name__)
 
@@ -364,8 +364,9 @@ class UnetHandler:
         self.config = config = context.model_yaml_config["handler"]
         self.batch_size = properties.get("batch_size") or 1
         self.n_in = config["options"].get("n_in", 3)
-        # Without a resize the network sees the photo's own pixels, at about 2 kB of activations each.
-        self.max_pixels = config.get("max_pixels") or (50_000_000 if config["resize"] else 4_000_000)
+        self.own_size = not config["resize"] and not any(options["size"] for options in config.get("affine") or ())
+        # The network holds about 2 kB for each pixel that it sees; without a resize it sees all of the photo's.
+        self.max_pixels = config.get("max_pixels") or (4_000_000 if self.own_size else 50_000_000)
         Image.MAX_IMAGE_PIXELS = self.max_pixels  # where Pillow warns, and we refuse
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         if config["runtime"] == "eager":
@@ -419,7 +420,7 @@ class UnetHandler:
 
     def cost(self, photo: Photo) -> int:
         """Pixels that a photo counts for: its own, or the model's where these are more (time and answer grow so)."""
-        h, w = self.config["img_size"] if self.config["resize"] else (1, 1)
+        h, w = (1, 1) if self.own_size else self.config["img_size"]
         return max(photo.size[0] * photo.size[1], h * w)
 
     def inference(self, photos: list[Photo]) -> None:
@@ -436,13 +437,13 @@ class UnetHandler:
         """One forward pass; where memory runs out the batch is halved, and a photo that does not fit alone fails."""
         try:
             logits = self.model(torch.stack([photo.x for photo in photos]).to(self.device))
-            masks = logits.argmax(dim=1).to(torch.uint8).cpu().numpy()
+            masks = decode(logits, **self.config.get("decode", {})).cpu().numpy()
             for photo, mask in zip(photos, masks, strict=True):
                 photo.mask = mask
             return
         except Exception as error:
             if not out_of_memory(error):
-                if self.config["resize"]:
+                if not self.own_size:
                     raise
                 for photo in photos:  # the warm-up went well: it is the photo's own size that does not fit
                     photo.error = bad_request("the model takes no photo of this size")
