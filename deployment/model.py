@@ -15,6 +15,7 @@ import torchvision
 from torch import Tensor, nn
 
 NORM_TYPES = (None, "Batch", "BatchZero", "Weight", "Spectral", "Instance", "InstanceZero")
+ACTIVATIONS = {"softmax": lambda x: x.softmax(dim=1), "sigmoid": torch.sigmoid, None: lambda x: x}
 
 
 class WeightNormConv2d(nn.Conv2d):
@@ -365,11 +366,11 @@ def decode(logits: Tensor, activation: str | None = "softmax", threshold: float 
 
     Args:
         logits: (N, n_classes, H, W) float.
-        activation: "softmax" over the classes, "sigmoid", or None.
+        activation: one of `ACTIVATIONS`.
         threshold: None for the class of the highest value; a number, with one output channel, for class 1 above it.
 
     Returns:
         (N, H, W) uint8.
     """
-    values = {"softmax": lambda x: x.softmax(dim=1), "sigmoid": torch.sigmoid, None: lambda x: x}[activation](logits)
+    values = ACTIVATIONS[activation](logits)
     return (values.argmax(dim=1) if threshold is None else values[:, 0] > threshold).to(torch.uint8)
