@@ -11,17 +11,44 @@ from math import exp
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-CODES = ("Sky", "Building", "Pole", "Road", "Sidewalk", "Tree", "SignSymbol", "Fence", "Car", "Pedestrian",
-         "Bicyclist", "Void")
-PAINT = [(164, 84, 66), (214, 172, 110), (234, 222, 198), (240, 240, 236), (104, 128, 158), (146, 164, 132),
-         (214, 156, 146), (156, 156, 154), (66, 70, 78), (226, 182, 66), (48, 66, 116), (196, 48, 46),
-         (54, 124, 128), (78, 116, 76)]
+CODES = (
+    "Sky",
+    "Building",
+    "Pole",
+    "Road",
+    "Sidewalk",
+    "Tree",
+    "SignSymbol",
+    "Fence",
+    "Car",
+    "Pedestrian",
+    "Bicyclist",
+    "Void",
+)
+PAINT = [
+    (164, 84, 66),
+    (214, 172, 110),
+    (234, 222, 198),
+    (240, 240, 236),
+    (104, 128, 158),
+    (146, 164, 132),
+    (214, 156, 146),
+    (156, 156, 154),
+    (66, 70, 78),
+    (226, 182, 66),
+    (48, 66, 116),
+    (196, 48, 46),
+    (54, 124, 128),
+    (78, 116, 76),
+]
 # light: sky at the top, sky at the horizon, tint of the sun, depth of the shadows, share of clouds, lit windows
-LIGHTS = [((84, 148, 222), (196, 222, 242), (1.06, 1.03, 0.98), 0.45, 0.45, 0.0),
-          ((126, 172, 226), (250, 230, 206), (1.06, 1.00, 0.90), 0.42, 0.35, 0.1),
-          ((104, 138, 202), (255, 214, 166), (1.10, 0.98, 0.85), 0.50, 0.40, 0.2),
-          ((164, 172, 184), (218, 221, 224), (0.94, 0.96, 0.99), 0.12, 0.90, 0.1),
-          ((82, 90, 150), (246, 178, 162), (0.86, 0.82, 0.88), 0.18, 0.50, 0.6)]
+LIGHTS = [
+    ((84, 148, 222), (196, 222, 242), (1.06, 1.03, 0.98), 0.45, 0.45, 0.0),
+    ((126, 172, 226), (250, 230, 206), (1.06, 1.00, 0.90), 0.42, 0.35, 0.1),
+    ((104, 138, 202), (255, 214, 166), (1.10, 0.98, 0.85), 0.50, 0.40, 0.2),
+    ((164, 172, 184), (218, 221, 224), (0.94, 0.96, 0.99), 0.12, 0.90, 0.1),
+    ((82, 90, 150), (246, 178, 162), (0.86, 0.82, 0.88), 0.18, 0.50, 0.6),
+]
 LEAVES = [(92, 140, 62), (74, 122, 66), (118, 150, 66), (58, 104, 70), (204, 142, 58), (190, 96, 56), (226, 164, 180)]
 SKIN = [(240, 204, 176), (206, 156, 120), (150, 104, 76), (98, 68, 52)]
 NEAR = 1.5  # metres; nothing is drawn closer to the camera than this
@@ -49,8 +76,10 @@ class Canvas:
     def colour(self, colour, z, light=1.0):
         """What is left of a colour at distance z: tinted by the sun, paled by the air."""
         clear = exp(-z / 110)
-        lit = np.clip(np.array(colour) * self.sun * light, 0, 255)
-        return tuple(int(v) for v in lit * clear + np.array(self.haze) * (1 - clear))
+        return tuple(
+            int(min(v * tint * light, 255) * clear + air * (1 - clear))
+            for v, tint, air in zip(colour, self.sun, self.haze, strict=True)
+        )
 
     def fill(self, points, colour, name, light=1.0):
         """A polygon through points in metres."""
@@ -98,11 +127,23 @@ class Canvas:
     def shadow(self, x0, x1, z0, z1, reach):
         """The shadow on the ground of a thing that stands on x0..x1, z0..z1 and is about `reach` metres high."""
         dx = -self.sun_side * reach * 0.7
-        ground = [(x0, z0), (x1, z0), (x1 + dx, z0 + 0.3 * reach), (x1 + dx, z1 + 0.3 * reach),
-                  (x0 + dx, z1 + 0.3 * reach), (x0, z1)]
+        ground = [
+            (x0, z0),
+            (x1, z0),
+            (x1 + dx, z0 + 0.3 * reach),
+            (x1 + dx, z1 + 0.3 * reach),
+            (x0 + dx, z1 + 0.3 * reach),
+            (x0, z1),
+        ]
         if dx < 0:
-            ground = [(x1, z0), (x0, z0), (x0 + dx, z0 + 0.3 * reach), (x0 + dx, z1 + 0.3 * reach),
-                      (x1 + dx, z1 + 0.3 * reach), (x1, z1)]
+            ground = [
+                (x1, z0),
+                (x0, z0),
+                (x0 + dx, z0 + 0.3 * reach),
+                (x0 + dx, z1 + 0.3 * reach),
+                (x1 + dx, z1 + 0.3 * reach),
+                (x1, z1),
+            ]
         self.pens[2].polygon([self.at(x, 0, max(z, NEAR)) for x, z in ground], 255)
 
 
@@ -124,7 +165,8 @@ def sky(c):
     """A gradient with clouds; it fills the whole picture, the street is painted over it."""
     down = np.linspace(0, 1, c.h)[:, None, None] * c.h / c.horizon
     air = np.array(c.sky) * (1 - np.clip(down, 0, 1)) + np.array(c.haze) * np.clip(down, 0, 1)
-    streaks = Image.fromarray(noise(c.rng, c.h * 3, c.w, 4, 5)).resize((c.w, c.h))  # clouds are wider than high
+    streaks = Image.fromarray(noise(c.rng, c.h * 3 // 4, c.w // 4, 4, 5))
+    streaks = streaks.resize((c.w, c.h), Image.Resampling.BICUBIC)  # clouds are wider than high
     clouds = np.clip((np.asarray(streaks) - 0.45 + c.cloud) * 1.8, 0, 0.9)[..., None]
     white = np.clip(np.array((250, 248, 246)) * (np.array(c.sun) * 0.4 + 0.58), 0, 255)
     c.picture.paste(Image.fromarray((air * (1 - clouds) + white * clouds).astype(np.uint8)))
@@ -139,7 +181,9 @@ def windows(c, rng, x, z0, z1, y0, y1, wall):
         for column in range(columns):
             a, b = z0 + dz * (column + 0.27), z0 + dz * (column + 0.73)
             low, high = y0 + dy * (row + 0.25), y0 + dy * (row + 0.8)
-            glass = (252, 214, 132) if rng.random() < c.lit else pick(rng, [(66, 82, 100), (92, 114, 136), (52, 60, 72)])
+            glass = (
+                (252, 214, 132) if rng.random() < c.lit else pick(rng, [(66, 82, 100), (92, 114, 136), (52, 60, 72)])
+            )
             if b > NEAR * 1.2:
                 a = max(a, NEAR)
                 c.side(x, a - 0.08, b + 0.08, low - 0.1, high + 0.1, frame, "Building", 0.95)
@@ -161,10 +205,22 @@ def terrace(c, rng, side, edge):
         if rng.random() < 0.6:  # a roof that slopes away from the street
             roof = pick(rng, [(120, 66, 54), (92, 92, 100), (142, 90, 68)])
             rise = rng.uniform(2.5, 4)
-            c.fill([(wall_x, height, z0), (wall_x, height, z1), (wall_x + side * 3, height + rise, z1),
-                    (wall_x + side * 3, height + rise, z0)], roof, "Building")
-            c.fill([(wall_x, height, z0), (wall_x + side * 3, height + rise, z0), (wall_x + side * 6, height, z0)],
-                   wall, "Building", 0.86)
+            c.fill(
+                [
+                    (wall_x, height, z0),
+                    (wall_x, height, z1),
+                    (wall_x + side * 3, height + rise, z1),
+                    (wall_x + side * 3, height + rise, z0),
+                ],
+                roof,
+                "Building",
+            )
+            c.fill(
+                [(wall_x, height, z0), (wall_x + side * 3, height + rise, z0), (wall_x + side * 6, height, z0)],
+                wall,
+                "Building",
+                0.86,
+            )
         shop = rng.random() < 0.4
         windows(c, rng, wall_x, z0 + 0.3, z1 - 0.3, 3.2 if shop else 0.6, height - 0.3, wall)
         c.side(wall_x, z0, z1, height - 0.3, height, wall, "Building", 1.15)
@@ -175,8 +231,11 @@ def terrace(c, rng, side, edge):
             stripes = max(2, int((z1 - z0) / 0.8))
             for i in range(stripes):  # the awning
                 a, b = (z0 + (z1 - z0) * (i + k) / stripes for k in (0, 1))
-                c.fill([(wall_x, 3.1, a), (wall_x, 3.1, b), (wall_x - side * 0.9, 2.5, b), (wall_x - side * 0.9, 2.5, a)],
-                       colour if i % 2 else (244, 240, 232), "Building")
+                c.fill(
+                    [(wall_x, 3.1, a), (wall_x, 3.1, b), (wall_x - side * 0.9, 2.5, b), (wall_x - side * 0.9, 2.5, a)],
+                    colour if i % 2 else (244, 240, 232),
+                    "Building",
+                )
         else:
             door = z0 + (z1 - z0) * rng.uniform(0.1, 0.8)
             c.side(wall_x, max(door, NEAR), door + 1.1, 0, 2.2, pick(rng, PAINT), "Building", 0.9)
@@ -196,10 +255,27 @@ def houses(c, rng, side, edge):
         c.box(x0, x1, 0, height, z0, z1, wall, "Building")
         eave, ridge, rise = side * (edge + back - 0.4), side * (edge + back + 4), rng.uniform(2.8, 3.8)
         c.fill([(x0, height, z0), ((x0 + x1) / 2, height + rise, z0), (x1, height, z0)], wall, "Building", 0.86)
-        c.box(ridge - 0.4, ridge + 0.4, height + rise - 0.8, height + rise + 0.9, z0 + 2, z0 + 2.8, (140, 84, 66),
-              "Building")
-        c.fill([(eave, height - 0.2, z0 - 0.3), (eave, height - 0.2, z1), (ridge, height + rise, z1),
-                (ridge, height + rise, z0 - 0.3)], roof, "Building", 1.0 if c.sun_side == -side else 0.75)
+        c.box(
+            ridge - 0.4,
+            ridge + 0.4,
+            height + rise - 0.8,
+            height + rise + 0.9,
+            z0 + 2,
+            z0 + 2.8,
+            (140, 84, 66),
+            "Building",
+        )
+        c.fill(
+            [
+                (eave, height - 0.2, z0 - 0.3),
+                (eave, height - 0.2, z1),
+                (ridge, height + rise, z1),
+                (ridge, height + rise, z0 - 0.3),
+            ],
+            roof,
+            "Building",
+            1.0 if c.sun_side == -side else 0.75,
+        )
         windows(c, rng, side * (edge + back), z0 + 0.5, z1 - 0.5, 0.5, height - 0.3, wall)
         middle = (x0 + x1) / 2
         for x in (middle - 2.4, middle + 1.2):
@@ -223,10 +299,27 @@ def houses(c, rng, side, edge):
 
     while z < 100:
         length, gap = rng.uniform(7, 11), rng.uniform(2.5, 6)
-        things.append((z + length + 0.5, house, (z, z + length, rng.uniform(2.5, 5), rng.uniform(3.6, 6.2),
-                                                 pick(rng, PAINT[:8]), pick(rng, [(150, 76, 58), (96, 96, 106), (128, 92, 74)]))))
-        things.append((z + length + gap / 2, tree, (c, rng, side * (edge + rng.uniform(1, 6)), z + length + gap / 2,
-                                                    rng.uniform(2.5, 7))))
+        things.append(
+            (
+                z + length + 0.5,
+                house,
+                (
+                    z,
+                    z + length,
+                    rng.uniform(2.5, 5),
+                    rng.uniform(3.6, 6.2),
+                    pick(rng, PAINT[:8]),
+                    pick(rng, [(150, 76, 58), (96, 96, 106), (128, 92, 74)]),
+                ),
+            )
+        )
+        things.append(
+            (
+                z + length + gap / 2,
+                tree,
+                (c, rng, side * (edge + rng.uniform(1, 6)), z + length + gap / 2, rng.uniform(2.5, 7)),
+            )
+        )
         for start in np.arange(z, z + length + gap, 3.0):
             if start + 1.5 > z + 1.2 or z > 100:
                 things.append((start + 3, border, (start, min(start + 3, z + length + gap))))
@@ -246,8 +339,9 @@ def park(c, rng, side, edge):
         for post in np.arange(z0, z1, 0.45):
             c.side(x, post, post + 0.18, 0, 1.3, colour, "Fence", 1.05)
 
-    things = [(z, tree, (c, rng, side * (edge + rng.uniform(1.5, 22)), z, rng.uniform(4, 9)))
-              for z in rng.uniform(5, 80, 22)]
+    things = [
+        (z, tree, (c, rng, side * (edge + rng.uniform(1.5, 22)), z, rng.uniform(4, 9))) for z in rng.uniform(5, 80, 22)
+    ]
     if rng.random() < 0.8:
         things += [(z + 4, railing, (z, z + 4)) for z in np.arange(NEAR, 80, 4)]
     return things
@@ -255,10 +349,11 @@ def park(c, rng, side, edge):
 
 def tree(c, rng, x, z, height):
     """A trunk and a crown of leaf clusters, or a conifer."""
-    leaf = np.array(pick(rng, LEAVES)) * rng.uniform(0.85, 1.1)
+    conifer = rng.random() < 0.2
+    leaf = np.array(pick(rng, LEAVES[:4] if conifer else LEAVES)) * rng.uniform(0.85, 1.1)
     c.shadow(x - height * 0.22, x + height * 0.22, z, z + height * 0.25, height * 0.8)
     c.line([(x, 0), (x + rng.normal() * 0.1, height * 0.5)], z, height * 0.045, (96, 74, 58), "Tree")
-    if rng.random() < 0.2:
+    if conifer:
         for level in range(4):
             y, r = height * (0.18 + 0.2 * level), height * (0.26 - 0.055 * level)
             c.fill([(x - r, y, z), (x + r, y, z), (x, y + height * 0.36, z)], leaf * 0.8, "Tree", 0.8 + 0.1 * level)
@@ -275,8 +370,13 @@ def lamp(c, rng, x, z, towards):
     """A street lamp whose arm reaches over the road."""
     grey, height = pick(rng, [(70, 74, 78), (120, 124, 124), (58, 78, 66)]), rng.uniform(5, 7)
     c.shadow(x - 0.08, x + 0.08, z, z + 0.2, height)
-    c.line([(x, 0), (x, height), (x + towards * 0.5, height + 0.3), (x + towards * 1.3, height + 0.3)], z, 0.13, grey,
-           "Pole")
+    c.line(
+        [(x, 0), (x, height), (x + towards * 0.5, height + 0.3), (x + towards * 1.3, height + 0.3)],
+        z,
+        0.13,
+        grey,
+        "Pole",
+    )
     c.line([(x, 0), (x, 0.9)], z, 0.24, grey, "Pole")
     c.disc(x + towards * 1.4, height + 0.22, z, 0.4, 0.14, (252, 226, 160) if c.lit > 0.5 else (226, 226, 220), "Pole")
 
@@ -329,18 +429,48 @@ def car(c, rng, x, z, oncoming):
     if flank is not None:
         s = np.sign(flank - x)
         lower, upper = x + s * (half - 0.03), x + s * inner
-        c.fill([(lower, waist, back), (lower, waist, front), (upper, roof, front - slope), (upper, roof, back + slope)],
-               colour, "Car", 0.9)
+        c.fill(
+            [(lower, waist, back), (lower, waist, front), (upper, roof, front - slope), (upper, roof, back + slope)],
+            colour,
+            "Car",
+            0.9,
+        )
         middle = (back + front) / 2
         for a, b in ((back + 0.25, middle - 0.06), (middle + 0.06, front - 0.25)):
             lean = slope * 0.7
             top_a, top_b = (a + lean, b) if a < middle - 0.1 else (a, b - lean)
-            c.fill([(lower, waist + 0.05, a), (lower, waist + 0.05, b), (upper, roof - 0.1, top_b),
-                    (upper, roof - 0.1, top_a)], glass, "Car")
-    c.fill([(x - half + 0.03, waist, back), (x + half - 0.03, waist, back), (x + inner, roof, back + slope),
-            (x - inner, roof, back + slope)], colour, "Car", 0.86)
-    c.fill([(x - half + 0.15, waist + 0.06, back), (x + half - 0.15, waist + 0.06, back),
-            (x + inner - 0.1, roof - 0.08, back + slope), (x - inner + 0.1, roof - 0.08, back + slope)], glass, "Car", 1.15)
+            c.fill(
+                [
+                    (lower, waist + 0.05, a),
+                    (lower, waist + 0.05, b),
+                    (upper, roof - 0.1, top_b),
+                    (upper, roof - 0.1, top_a),
+                ],
+                glass,
+                "Car",
+            )
+    c.fill(
+        [
+            (x - half + 0.03, waist, back),
+            (x + half - 0.03, waist, back),
+            (x + inner, roof, back + slope),
+            (x - inner, roof, back + slope),
+        ],
+        colour,
+        "Car",
+        0.86,
+    )
+    c.fill(
+        [
+            (x - half + 0.15, waist + 0.06, back),
+            (x + half - 0.15, waist + 0.06, back),
+            (x + inner - 0.1, roof - 0.08, back + slope),
+            (x - inner + 0.1, roof - 0.08, back + slope),
+        ],
+        glass,
+        "Car",
+        1.15,
+    )
     lamps = (252, 246, 214) if oncoming else (206, 34, 34)
     for u in (x - half + 0.22, x + half - 0.22):
         c.front(u - 0.18, u + 0.18, 0.6, 0.78, z, lamps, "Car", 1.1)
@@ -356,13 +486,34 @@ def person(c, rng, x, z):
     c.shadow(x - 0.2, x + 0.2, z, z + 0.2, tall)
     for foot in (-stride, stride):
         c.line([(x, 0.85 * k), (x + foot, 0)], z, 0.19 * k, trousers, "Pedestrian")
-    c.fill([(x - 0.17 * k, 0.8 * k, z), (x + 0.17 * k, 0.8 * k, z), (x + 0.25 * k, 1.45 * k, z), (x - 0.25 * k, 1.45 * k, z)],
-           coat, "Pedestrian")
+    c.fill(
+        [
+            (x - 0.17 * k, 0.8 * k, z),
+            (x + 0.17 * k, 0.8 * k, z),
+            (x + 0.25 * k, 1.45 * k, z),
+            (x - 0.25 * k, 1.45 * k, z),
+        ],
+        coat,
+        "Pedestrian",
+    )
     for hand in (-1, 1):
-        c.line([(x + hand * 0.23 * k, 1.4 * k), (x + hand * 0.3 * k + stride * 0.5, 0.9 * k)], z, 0.12 * k, coat,
-               "Pedestrian", 0.85)
-    c.disc(x, 1.64 * k, z, 0.14 * k, 0.17 * k, pick(rng, [(60, 44, 36), (140, 100, 60), (40, 36, 36), (186, 180, 172)]),
-           "Pedestrian")
+        c.line(
+            [(x + hand * 0.23 * k, 1.4 * k), (x + hand * 0.3 * k + stride * 0.5, 0.9 * k)],
+            z,
+            0.12 * k,
+            coat,
+            "Pedestrian",
+            0.85,
+        )
+    c.disc(
+        x,
+        1.64 * k,
+        z,
+        0.14 * k,
+        0.17 * k,
+        pick(rng, [(60, 44, 36), (140, 100, 60), (40, 36, 36), (186, 180, 172)]),
+        "Pedestrian",
+    )
     c.disc(x, 1.61 * k, z, 0.11 * k, 0.13 * k, skin, "Pedestrian")
     if c.cloud > 0.8 and rng.random() < 0.5:
         c.line([(x + 0.25, 1.2), (x + 0.15, 2.1)], z, 0.04, (60, 60, 64), "Pedestrian")
@@ -391,8 +542,13 @@ def cyclist(c, rng, x, z):
     for wheel in (-0.52, 0.52):
         turn = np.linspace(0, 2 * np.pi, 20)
         c.line([(x + wheel + 0.33 * np.cos(t), 0.34 + 0.33 * np.sin(t)) for t in turn], z, 0.07, dark, name)
-    c.line([(x - 0.52, 0.34), (x - 0.1 * s, 0.34), (x + 0.4 * s, 0.85), (x - 0.2 * s, 0.85), (x - 0.1 * s, 0.34)], z, 0.06,
-           frame, name)
+    c.line(
+        [(x - 0.52, 0.34), (x - 0.1 * s, 0.34), (x + 0.4 * s, 0.85), (x - 0.2 * s, 0.85), (x - 0.1 * s, 0.34)],
+        z,
+        0.06,
+        frame,
+        name,
+    )
     c.line([(x + 0.52 * s, 0.34), (x + 0.4 * s, 0.95)], z, 0.06, frame, name)
     c.line([(x - 0.2 * s, 0.95), (x + 0.12 * s, 0.65), (x - 0.05 * s, 0.25)], z, 0.16, pick(rng, PAINT[7:11]), name)
     c.line([(x - 0.2 * s, 0.95), (x + 0.12 * s, 1.45)], z, 0.3, coat, name)
@@ -452,6 +608,9 @@ def draw_scene(seed: int, size: tuple[int, int] = (96, 128)) -> tuple[Image.Imag
         for z in np.arange(2, 40, 1.5):
             c.flat(x0, x1, z, z + 0.06, slab, "Sidewalk", 0.86)
         c.flat(*sorted((side * half, side * (half + 0.22))), NEAR, 130, slab, "Sidewalk", 1.14)
+    for _ in range(rng.integers(0, 5)):  # patches in the asphalt
+        x, z = rng.uniform(-half, half - 1), rng.uniform(4, 25)
+        c.flat(x, x + rng.uniform(0.5, 1.6), z, z + rng.uniform(0.6, 4), road, "Road", rng.uniform(0.88, 1.06))
     paint = (236, 234, 226)
     dash, start = rng.uniform(2, 4), rng.uniform(0, 6)
     for z in np.arange(NEAR + start, 90, dash * 2.2):
@@ -465,9 +624,6 @@ def draw_scene(seed: int, size: tuple[int, int] = (96, 128)) -> tuple[Image.Imag
             c.flat(x, x + 0.5, z, z + 2.6, paint, "Road")
         if rng.random() < 0.6:
             things.append((z + 1, person, (c, rng, rng.uniform(-half, half), z + 1)))
-    for _ in range(rng.integers(0, 5)):  # patches in the asphalt
-        x, z = rng.uniform(-half, half - 1), rng.uniform(4, 25)
-        c.flat(x, x + rng.uniform(0.5, 1.6), z, z + rng.uniform(0.6, 4), road, "Road", rng.uniform(0.88, 1.06))
 
     # what stands on the pavement, between the kerb and the walls
     for side in (-1, 1):
