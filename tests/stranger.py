@@ -1,4 +1,4 @@
-"""Make somebody else's learner: `python tests/stranger.py FOLDER` writes `theirs.pkl`, photos and `learn.predict`'s masks.
+"""Somebody else's learner: `python tests/stranger.py FOLDER` writes theirs.pkl, photos and `learn.predict`'s masks.
 
 Another architecture, other classes, another size and another resize than the tutorial's, a photo normalization of its
 own, and a label function and a metric that exist in this script alone.

@@ -1,4 +1,4 @@
-"""The README, done as it says: its local commands in a copy of the repository, then its five steps with a stranger's learner.
+"""The README, done as it says: local commands in a copy of the repository, then the five steps with another learner.
 
 Blocks marked `bash` are run here, in order; blocks marked `shell` run long, or need a cloud project.
 """
