@@ -5,8 +5,8 @@
     python -m deployment.ai_platform predict street.png
     python -m deployment.ai_platform delete
 
-Model and endpoint bear one name, `fastunet` unless told otherwise: `upload` adds a version to the model where it exists,
-`deploy` makes the endpoint where it does not. Credentials are Google's application-default ones.
+Model and endpoint bear one name, `fastunet` unless told otherwise: `upload` adds a version to the model where it
+exists, `deploy` makes the endpoint where it does not. Credentials are Google's application-default ones.
 
 The functions are the commands. They raise the service's own errors (`google.api_core.exceptions`), and `remedy` knows
 for the usual ones the command that helps.
@@ -177,8 +177,8 @@ def predict(images: Sequence[Path | str | bytes], name: str = "fastunet", **para
     Raises:
         ValueError: the request is larger than the endpoint takes.
     """
-    endpoint = get_endpoint(name)
     body = request_body(images, **parameters)
+    endpoint = get_endpoint(name)
     size, limit = len(json.dumps(body)), MAX_BYTES_DEDICATED if endpoint.dedicated_endpoint_enabled else MAX_BYTES
     if size > limit:
         raise ValueError(
@@ -372,7 +372,9 @@ def remedy(error: Exception, project: str = "PROJECT", image: str = "IMAGE") -> 
         case exceptions.NotFound() if "ndpoint" in text:
             return "python -m deployment.ai_platform deploy"
         case exceptions.FailedPrecondition() if "server" in text:
-            return f"gcloud logging read 'resource.type=aiplatform.googleapis.com/Endpoint' --limit=50 --project={project}"
+            return (
+                f"gcloud logging read resource.type=aiplatform.googleapis.com/Endpoint --limit=50 --project={project}"
+            )
         case exceptions.ServiceUnavailable():
             return "check the network and --location, then try again"
     return ""

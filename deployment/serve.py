@@ -111,6 +111,23 @@ def command(
     return argv, env
 
 
+def fetch(uri: str, model: str = "fastunet") -> Path:
+    """A new folder with the archive that lies at `uri`, a Cloud Storage folder `gs://BUCKET/FOLDER`.
+
+    Raises:
+        FileNotFoundError: there is none; other errors are google-cloud-storage's own.
+    """
+    from google.api_core.exceptions import NotFound
+    from google.cloud import storage
+
+    archive = Path(tempfile.mkdtemp(prefix="model-store-"), f"{model}.mar")
+    try:
+        storage.Blob.from_uri(f"{uri.rstrip('/')}/{archive.name}", storage.Client()).download_to_filename(archive)
+    except NotFound:
+        raise FileNotFoundError(f"no archive {archive.name} in {uri}") from None
+    return archive.parent
+
+
 def check_port(host: str, port: int) -> None:
     """Raises OSError, naming the port, when something listens on it already."""
     with socket.socket() as s:
@@ -191,20 +208,22 @@ def main() -> None:
         description="Serve model_store/fastunet.mar with TorchServe, in the foreground, on loopback."
     )
     parser.add_argument("--model-store", default="model_store", help="folder of the archive (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8080, help="predictions (default: %(default)s)")
+    in_cloud = os.environ.get("AIP_HTTP_PORT")  # a container of AI Platform: reachable from outside, on that port
+    parser.add_argument("--host", default="0.0.0.0" if in_cloud else "127.0.0.1", help="default: %(default)s")
+    parser.add_argument("--port", type=int, default=in_cloud or 8080, help="predictions (default: %(default)s)")
     parser.add_argument("--management-port", type=int, default=8081, help="default: %(default)s")
     parser.add_argument("--metrics-port", type=int, default=8082, help="Prometheus metrics (default: %(default)s)")
     parser.add_argument(
         "--auth", action="store_true", help="ask for a token; TorchServe writes the tokens to key_file.json"
     )
     options = vars(parser.parse_args())
-    if "AIP_HTTP_PORT" in os.environ:  # a container of AI Platform: reachable from outside
-        options |= {"host": "0.0.0.0", "port": int(os.environ["AIP_HTTP_PORT"])}
     try:
+        if uri := os.environ.get("AIP_STORAGE_URI"):
+            options["model_store"] = fetch(uri)
         argv, env = command(**options)
     except OSError as e:
         sys.exit(f"error: {e}")
-    print(f"http://{options.get('host', '127.0.0.1')}:{options['port']}/predictions/fastunet", flush=True)
+    print(f"http://{options['host']}:{options['port']}/predictions/fastunet", flush=True)
     os.execve(argv[0], argv, env)
 
 

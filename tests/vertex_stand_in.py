@@ -52,9 +52,12 @@ from google.cloud.aiplatform_v1 import types
 from google.longrunning import operations_pb2
 from google.protobuf import any_pb2, empty_pb2, json_format, timestamp_pb2
 
-from deployment.serve import end_with_parent, free_ports, stop
+from deployment.serve import free_ports, stop
 
 ROOT = Path(__file__).parents[1]
+# `python -m deployment.serve`, which ends with this process. (Popen's preexec_fn would do that too, but needs a plain
+# fork(), under which gRPC's connections stall.)
+SERVE = "from deployment.serve import end_with_parent, main; end_with_parent(); main()"
 PROJECT, LOCATION = "local-project", "us-central1"
 PARENT = f"projects/{PROJECT}/locations/{LOCATION}"
 MAX_BYTES = {"shared": 1_500_000, "dedicated": 10_000_000}  # a request or an answer, by kind of endpoint
@@ -306,14 +309,14 @@ class VertexAI:
             "AIP_HEALTH_ROUTE": spec.health_route or "/v1/health",
             "AIP_PREDICT_ROUTE": spec.predict_route or "/v1/predict",
             "AIP_STORAGE_URI": model.artifact_uri,
+            "TMPDIR": str(self.folder),
             "AIP_DEPLOYED_MODEL_ID": id,
             "AIP_ENDPOINT_ID": endpoint.name.split("/")[-1] if endpoint else "",
         }  # fmt: skip
-        command = [sys.executable, "-m", "deployment.serve", "--model-store", str(self.images[spec.image_uri])]
+        command = [sys.executable, "-c", SERVE, "--model-store", str(self.images[spec.image_uri])]
         command += ["--host", "127.0.0.1", f"--management-port={management}", f"--metrics-port={metrics}", *spec.args]
-        process = subprocess.Popen(
-            command, env=environment, cwd=ROOT, stdout=log.open("wb"), stderr=subprocess.STDOUT, preexec_fn=end_with_parent
-        )
+        with log.open("wb") as output:
+            process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
         container = self.containers[id] = Container(process, f"http://127.0.0.1:{port}", log)
         deadline = time.monotonic() + (spec.deployment_timeout.total_seconds() if spec.deployment_timeout else 300)
         try:
@@ -422,9 +425,7 @@ class VertexAI:
         return self.jobs[request.name]
 
     def ListBatchPredictionJobs(self, request: types.ListBatchPredictionJobsRequest):
-        return types.ListBatchPredictionJobsResponse(
-            batch_prediction_jobs=matching(self.jobs.values(), request.filter)
-        )
+        return types.ListBatchPredictionJobsResponse(batch_prediction_jobs=matching(self.jobs.values(), request.filter))
 
     def DeleteBatchPredictionJob(self, request: types.DeleteBatchPredictionJobRequest) -> operations_pb2.Operation:
         job = self.GetBatchPredictionJob(request)
