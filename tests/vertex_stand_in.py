@@ -600,7 +600,7 @@ def vertex_ai(images: dict[str, Path | str], bucket: str = "local-bucket") -> It
         server.add_generic_rpc_handlers((Methods(service, verify),))
         service.api_endpoint = f"localhost:{server.add_secure_port('127.0.0.1:0', credentials)}"
         server.start()
-        stack.callback(lambda: server.stop(None).wait())
+        stack.callback(lambda: server.stop(grace=1).wait())
 
         key = {
             "type": "service_account", "project_id": PROJECT, "private_key_id": "local",
