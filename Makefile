@@ -1,0 +1,57 @@
+# `make demo` and `make test` are all that a newcomer needs; `make help` lists the rest. Paths are relative, so that the
+# checkout may lie anywhere.
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.PHONY: help demo test serve bench soak image image-test notebooks lint clean
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+PY := .venv/bin/python
+
+DATA ?= scenes
+PORT ?= 8080
+MANAGEMENT_PORT ?= 8081
+METRICS_PORT ?= 8082
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+demo: .venv/installed ## train, transfer, archive, serve and call: DATA=scenes|camvid_tiny|FOLDER ARCH= EPOCHS=
+	@$(PY) notebook/run.py 01 02 03 --into model_store -p DATA "$(DATA)" $(if $(ARCH),-p ARCH $(ARCH)) $(if $(EPOCHS),-p EPOCHS $(EPOCHS))
+
+test: .venv/installed ## run the tests
+	@$(PY) -m pytest
+
+serve: .venv/installed ## serve model_store/fastunet.mar on 127.0.0.1: PORT= MANAGEMENT_PORT= METRICS_PORT= AUTH=1
+	@exec $(PY) -m deployment.serve --port $(PORT) --management-port $(MANAGEMENT_PORT) --metrics-port $(METRICS_PORT) $(if $(AUTH),--auth)
+
+bench: .venv/installed ## measure against peers and the limit: CONTENDERS=baseline,eager,… CLIENTS=1,8 PHOTOS=FOLDER
+	@$(PY) -m benchmark.run $(if $(CONTENDERS),--contenders $(CONTENDERS)) $(if $(CLIENTS),--clients $(CLIENTS)) $(if $(PHOTOS),--photos "$(PHOTOS)")
+
+soak: .venv/installed ## the long tests: malformed requests by the thousand, a killed worker, 15 minutes of load
+	@$(PY) -m pytest -m soak -s
+
+image: ## build the serving image with docker or podman
+	@echo "image"
+
+image-test: .venv/installed ## build the same image with buildah, run it, and send it AI Platform requests (root, Debian)
+	@$(PY) -m pytest -m image -s
+
+notebooks: .venv/installed ## run all four notebooks and write their outputs into them: DATA=
+	@$(PY) notebook/run.py 01 02 03 04 -p DATA "$(DATA)"
+
+lint: .venv/installed ## check the style
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
+
+clean: ## remove what the pipeline wrote; keep the environment
+	rm -rf model_store/* logs .pytest_cache .ruff_cache .hypothesis
+
+# The first Python of a supported version makes the environment; uv, from PyPI, fills it.
+.venv/installed: requirements.txt constraints.txt
+	@for p in python3 python3.12 python3.11 python3.10 python; do \
+	  if $$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then found=$$p; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then echo "error: Python 3.10, 3.11 or 3.12 is needed; none is on the PATH" >&2; exit 1; fi; \
+	echo "installing into .venv with $$($$found --version); the first time this takes a minute or more"; \
+	[ -x $(PY) ] || $$found -m venv .venv || { echo "error: $$found cannot make a virtual environment (Debian: apt install python3-venv)" >&2; exit 1; }; \
+	$(PY) -m pip install --quiet --disable-pip-version-check uv==0.13.9 && \
+	$(PY) -m uv pip install --quiet --python $(PY) -r requirements.txt && touch $@

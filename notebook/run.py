@@ -1,0 +1,90 @@
+"""Run the notebooks head to foot: `python notebook/run.py 01 02 03 --into model_store -p EPOCHS 3`.
+
+Each notebook runs in a kernel of its own, in the folder `notebook`. The lines that cells tagged `report` print are
+repeated here. With `--into FOLDER` the executed notebooks are written there and the originals stay as they are;
+without it their outputs are written into the originals.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+import papermill
+from papermill.exceptions import PapermillExecutionError
+
+HERE = Path(__file__).parent
+
+
+def run(notebook: Path, output: Path, parameters: dict[str, str]) -> nbformat.NotebookNode:
+    """Execute `notebook` with `parameters`, write it to `output`, and return it.
+
+    Raises:
+        PapermillExecutionError: a cell failed; `output` shows which.
+    """
+    known = {p for p in parameters if p in papermill.inspect_notebook(notebook)}
+    papermill.execute_notebook(
+        notebook,
+        output,
+        parameters={name: parameters[name] for name in known},
+        cwd=HERE,
+        kernel_name="python3",
+        progress_bar={"desc": notebook.stem, "bar_format": "{desc}: {bar:30} {n_fmt}/{total_fmt} cells, {elapsed}"},
+    )
+    return nbformat.read(output, as_version=4)
+
+
+def report(executed: nbformat.NotebookNode) -> str:
+    """What the cells tagged `report` printed."""
+    cells = [c for c in executed.cells if "report" in c.metadata.get("tags", [])]
+    return "".join(o.text for c in cells for o in c.outputs if o.output_type == "stream" and o.name == "stdout")
+
+
+def write_outputs(executed: nbformat.NotebookNode, notebook: Path) -> None:
+    """Replace `notebook` by `executed`, less what the run itself added: parameters, times and paths."""
+    executed.metadata.pop("papermill", None)
+    executed.cells = [c for c in executed.cells if "injected-parameters" not in c.metadata.get("tags", [])]
+    for count, cell in enumerate((c for c in executed.cells if c.cell_type == "code"), 1):
+        cell.execution_count = count
+        for output in cell.outputs:
+            if "execution_count" in output:
+                output.execution_count = count
+    for cell in executed.cells:
+        for added in ("papermill", "execution"):
+            cell.metadata.pop(added, None)
+    part = notebook.with_suffix(".part")
+    nbformat.write(executed, part)
+    os.replace(part, notebook)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("numbers", nargs="+", help="which notebooks, by the number that their name starts with")
+    parser.add_argument("--into", type=Path, metavar="FOLDER", help="where the executed notebooks go")
+    parser.add_argument("-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    args = parser.parse_args()
+    logging.getLogger("papermill").setLevel(logging.WARNING)
+    os.environ |= {"PYTHONWARNINGS": "ignore", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+
+    parameters = {name: int(value) if value.isdecimal() else value for name, value in args.parameters}
+    if os.path.isdir(parameters.get("DATA", "")):  # the kernel runs in notebook/
+        parameters["DATA"] = os.path.relpath(parameters["DATA"], HERE)
+    for number in args.numbers:
+        (notebook,) = HERE.glob(f"{number}_*.ipynb")
+        with tempfile.TemporaryDirectory() as scratch:
+            output = (args.into or Path(scratch)) / notebook.name
+            try:
+                executed = run(notebook, output, parameters)
+            except PapermillExecutionError as e:
+                kept = f"\nThe notebook as far as it ran: {output}" if args.into else ""
+                sys.exit(f"error in {notebook.name}, cell {e.exec_count}: {e.ename}: {e.evalue}{kept}")
+            if not args.into:
+                write_outputs(executed, notebook)
+        print(report(executed), flush=True)
+
+
+if __name__ == "__main__":
+    main()
