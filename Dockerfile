@@ -14,7 +14,7 @@ ARG BASE=debian:bookworm-slim
 FROM ${BASE} AS build
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates python3-venv \
-    && rm -rf /var/lib/apt/lists/*
+    && apt-get clean && rm -rf /var/lib/apt/lists/*
 ARG TORCH_BACKEND=
 ENV UV_SYSTEM_CERTS=true UV_COMPILE_BYTECODE=true UV_LINK_MODE=copy
 COPY deployment/requirements.txt .
@@ -33,7 +33,7 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
 FROM ${BASE}
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates openjdk-17-jre-headless python3 \
-    && rm -rf /var/lib/apt/lists/* \
+    && apt-get clean && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 1000 --create-home serve
 COPY --from=build /opt/venv /opt/venv
 WORKDIR /app
