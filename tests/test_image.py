@@ -1,7 +1,7 @@
 """The serving image, built and run for real: `pytest -m image -s tests/test_image.py`, as root, on Linux.
 
-Where no container engine runs, buildah still builds a Dockerfile and runs its image in a chroot: that is what this test
-does, on a base image that debootstrap makes from Debian's packages, the same ones as in Docker's `debian:bookworm-slim`.
+Where no container engine runs, buildah still builds a Dockerfile and runs its image in a chroot. This test does that on
+a base image that debootstrap makes from Debian's packages, the same ones as in Docker's `debian:bookworm-slim`.
 """
 
 import base64
@@ -23,7 +23,7 @@ from google.auth.credentials import AnonymousCredentials
 from google.cloud import storage
 
 from deployment.serve import free_ports
-from tests.test_ai_platform import expected, models, photos  # noqa: F401
+from tests.test_ai_platform import photos, reference  # noqa: F401
 
 pytestmark = [pytest.mark.image, pytest.mark.timeout(3600)]
 ROOT = Path(__file__).parents[1]
@@ -38,7 +38,7 @@ def buildah(*arguments: str | Path, **options) -> str:
 
 
 @pytest.fixture(scope="module")
-def image(models, tmp_path_factory) -> dict:  # noqa: F811
+def image(model_store, tmp_path_factory) -> dict:
     """The image's configuration, once it is built with version 1 of the model in it."""
     missing = [tool for tool in ("buildah", "debootstrap") if not shutil.which(tool)]
     if missing or os.geteuid() != 0:
@@ -54,7 +54,7 @@ def image(models, tmp_path_factory) -> dict:  # noqa: F811
     shutil.copytree(ROOT / "deployment", context / "deployment")
     shutil.copytree(ROOT / "notebook", context / "notebook")  # must not get in
     (context / "model_store").mkdir()
-    shutil.copy(models[0] / "1" / "fastunet.mar", context / "model_store")
+    shutil.copy(model_store / "fastunet.mar", context / "model_store")
     secrets = [f"--secret=id={id},src={os.environ[name]}" for id, name in SECRETS.items() if os.environ.get(name)]
     start = time.monotonic()
     subprocess.run(
@@ -133,23 +133,22 @@ def wait_until_healthy(process: subprocess.Popen, url: str, timeout: float = 300
     pytest.fail(f"the container was not healthy within {timeout} s:\n{process.stdout.read()}")
 
 
-def masks(url: str, photos: list[bytes]) -> list[np.ndarray]:  # noqa: F811
-    body = {"instances": [{"b64": base64.b64encode(photo).decode()} for photo in photos]}
+def mask(url: str, photo: bytes) -> np.ndarray:
+    """The mask of one photo, asked for as AI Platform asks."""
+    body = {"instances": [{"b64": base64.b64encode(photo).decode()}]}
     answer = requests.post(f"{url}/predictions/fastunet", json=body, timeout=60)
     assert answer.status_code == 200, answer.text
-    return [
-        np.frombuffer(base64.b64decode(p["base64_prediction"]), np.uint8).reshape(p["shape"])
-        for p in answer.json()["predictions"]
-    ]
+    [prediction] = answer.json()["predictions"]
+    return np.frombuffer(base64.b64decode(prediction["base64_prediction"]), np.uint8).reshape(prediction["shape"])
 
 
-def test_serves_and_stops(image, container, models, photos):  # noqa: F811
+def test_serves_and_stops(image, container, photos, reference):  # noqa: F811
     assert image["User"] == "serve" and image["Healthcheck"]["Test"][0] == "CMD"
     [port] = free_ports(1)
     url = f"http://127.0.0.1:{port}"
     process = container(image, AIP_HTTP_PORT=str(port))
     print(f"\n{wait_until_healthy(process, url):.1f} s from the container's start to the first 200 of /ping")
-    assert np.array_equal(masks(url, photos), [expected(models[1]["1"], photo) for photo in photos])
+    assert all(np.array_equal(mask(url, photo), reference("1", photo)) for photo in photos)
 
     java = next(p for p in descendants(process) if p.name() == "java")  # the rest are buildah and the workers
     servers = [java, *java.children(recursive=True)]
@@ -165,18 +164,18 @@ def test_serves_and_stops(image, container, models, photos):  # noqa: F811
     assert "Traceback" not in log and "Exception" not in log, log
 
 
-def test_fetches_the_archive_at_start(image, container, models, photos, monkeypatch):  # noqa: F811
+def test_fetches_the_archive_at_start(image, container, next_version, photos, reference, monkeypatch):  # noqa: F811
     port, storage_port = free_ports(2)
     url, emulator = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{storage_port}"
     with create_storage_emulator("127.0.0.1", storage_port, in_memory=True, default_bucket="bucket"):
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", emulator)
         client = storage.Client(project="local", credentials=AnonymousCredentials())
-        client.bucket("bucket").blob("models/fastunet.mar").upload_from_filename(models[0] / "2" / "fastunet.mar")
+        client.bucket("bucket").blob("models/fastunet.mar").upload_from_filename(next_version / "fastunet.mar")
         process = container(
             image, AIP_HTTP_PORT=str(port), AIP_STORAGE_URI="gs://bucket/models", STORAGE_EMULATOR_HOST=emulator
         )
         wait_until_healthy(process, url)
-        assert np.array_equal(masks(url, photos), [expected(models[1]["2"], photo) for photo in photos])
+        assert all(np.array_equal(mask(url, photo), reference("2", photo)) for photo in photos)
 
 
 def test_holds_what_serving_needs_and_no_more(image, container):
@@ -184,9 +183,16 @@ def test_holds_what_serving_needs_and_no_more(image, container):
     try:
         root = Path(buildah("mount", name).strip())
         assert sorted(p.name for p in (root / "app").rglob("*") if p.is_file()) == sorted(
-            ["__init__.py", "config.properties", "handler.py", "log4j2.xml", "model.py", "requirements.txt", "serve.py",
-             "fastunet.mar"]
-        )  # fmt: skip
+            [
+                ".gitkeep",
+                "__init__.py",
+                "config.properties",
+                "fastunet.mar",
+                "log4j2.xml",
+                "requirements.txt",
+                "serve.py",
+            ]
+        )
         packages = {p.name.split("-")[0] for p in (root / "opt/venv").rglob("*.dist-info")}
         assert {"torch", "torchvision", "torchserve"} <= packages
         assert not packages & {"fastai", "jupyter", "notebook", "triton", "pip", "uv"}

@@ -30,6 +30,7 @@ import os
 import random
 import re
 import secrets
+import shutil
 import ssl
 import subprocess
 import sys
@@ -57,7 +58,7 @@ from deployment.serve import free_ports, stop
 ROOT = Path(__file__).parents[1]
 # `python -m deployment.serve`, which ends with this process. (Popen's preexec_fn would do that too, but needs a plain
 # fork(), under which gRPC's connections stall.)
-SERVE = "from deployment.serve import end_with_parent, main; end_with_parent(); main()"
+SERVE = "from deployment.serve import main, prepare_child; prepare_child(); main()"
 PROJECT, LOCATION = "local-project", "us-central1"
 PARENT = f"projects/{PROJECT}/locations/{LOCATION}"
 MAX_BYTES = {"shared": 1_500_000, "dedicated": 10_000_000}  # a request or an answer, by kind of endpoint
@@ -88,6 +89,14 @@ class Container:
     process: subprocess.Popen
     url: str
     log: Path
+
+    def ready(self, probe: list[str], route: str) -> bool:
+        """What the readiness probe says: the command `probe` where there is one, else GET on the health route."""
+        if probe:
+            return subprocess.run(probe, cwd=ROOT).returncode == 0
+        with contextlib.suppress(requests.RequestException):
+            return requests.get(self.url + route, timeout=10).status_code == 200
+        return False
 
     def predict(self, route: str, body: bytes, timeout: float = 60) -> list:
         """Sends one prediction request; returns the answer's `predictions`, or raises the service's error."""
@@ -318,21 +327,25 @@ class VertexAI:
         with log.open("wb") as output:
             process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
         container = self.containers[id] = Container(process, f"http://127.0.0.1:{port}", log)
+        probe = list(spec.health_probe.exec_.command)
+        if probe:
+            probe = [
+                shutil.which(probe[0], path=Path(sys.executable).parent),
+                *probe[1:],
+                f"--management-port={management}",
+            ]
         deadline = time.monotonic() + (spec.deployment_timeout.total_seconds() if spec.deployment_timeout else 300)
         try:
-            while True:
-                check(process.poll() is None, f"Model server exited unexpectedly. Its logs: {log}\n{tail(log)}",
-                      exceptions.FailedPrecondition)  # fmt: skip
-                check(time.monotonic() < deadline, f"Model server never became ready. Its logs: {log}\n{tail(log)}",
-                      exceptions.FailedPrecondition)  # fmt: skip
-                with contextlib.suppress(requests.RequestException):
-                    health = requests.get(container.url + environment["AIP_HEALTH_ROUTE"], timeout=10)
-                    if health.status_code == 200:
-                        return container
+            while not container.ready(probe, environment["AIP_HEALTH_ROUTE"]):
+                exited = process.poll() is not None
+                problem = "exited unexpectedly" if exited else "never became ready"
+                check(not exited and time.monotonic() < deadline,
+                      f"Model server {problem}. Its logs: {log}\n{tail(log)}", exceptions.FailedPrecondition)  # fmt: skip
                 time.sleep(0.2)
         except BaseException:
             self.containers.pop(id).stop()
             raise
+        return container
 
     # Prediction
 
