@@ -106,6 +106,19 @@ def archive(store: Path) -> None:
 
 
 @pytest.fixture(scope="session")
+def next_version(model_store, tmp_path_factory) -> Path:
+    """The store of a second version of the model, which gives every pixel the class after the first version's."""
+    store = tmp_path_factory.mktemp("next_version")
+    shutil.copy(model_store / "model-config.yaml", store)
+    weights = torch.load(model_store / "fastunet.pth", weights_only=True)
+    for name in list(weights)[-2:]:  # the last layer's weight and bias: a row per class
+        weights[name] = weights[name].roll(1, dims=0)
+    torch.save(weights, store / "fastunet.pth")
+    archive(store)
+    return store
+
+
+@pytest.fixture(scope="session")
 def ports() -> dict[str, int]:
     """The ports of `server`: `port`, `management_port`, `metrics_port`."""
     return dict(zip(("port", "management_port", "metrics_port"), free_ports(3), strict=True))
