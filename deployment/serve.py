@@ -1,11 +1,14 @@
 """Start TorchServe for the archive in a model store: in the foreground, or for the length of a `with` block.
 
-`python -m deployment.serve` replaces itself with TorchServe's Java process, so that a signal to it reaches the server.
+`python -m deployment.serve` stays as the parent of TorchServe's Java process. On SIGTERM, TorchServe alone drops the
+requests in flight; the parent lets the workers finish first. `python -m deployment.serve --check` says with its exit
+status whether a worker is ready: TorchServe's own `/ping` says so seconds before that is true.
 """
 
 import argparse
 import contextlib
 import ctypes
+import json
 import math
 import os
 import shutil
@@ -14,8 +17,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,6 +114,23 @@ def command(
     return argv, env
 
 
+def fetch(uri: str, model: str = "fastunet") -> Path:
+    """A new folder with the archive that lies at `uri`, a Cloud Storage folder `gs://BUCKET/FOLDER`.
+
+    Raises:
+        FileNotFoundError: there is none; other errors are google-cloud-storage's own.
+    """
+    from google.api_core.exceptions import NotFound
+    from google.cloud import storage
+
+    archive = Path(tempfile.mkdtemp(prefix="model-store-"), f"{model}.mar")
+    try:
+        storage.Blob.from_uri(f"{uri.rstrip('/')}/{archive.name}", storage.Client()).download_to_filename(archive)
+    except NotFound:
+        raise FileNotFoundError(f"no archive {archive.name} in {uri}") from None
+    return archive.parent
+
+
 def check_port(host: str, port: int) -> None:
     """Raises OSError, naming the port, when something listens on it already."""
     with socket.socket() as s:
@@ -125,12 +145,18 @@ def check_port(host: str, port: int) -> None:
 
 @contextlib.contextmanager
 def torchserve(
-    model_store: Path | str, *, timeout: float = 120, log: Path | str | None = None, **options
+    model_store: Path | str,
+    *,
+    timeout: float = 120,
+    folder: Path | str | None = None,
+    **options,
 ) -> Iterator[str]:
-    """A running TorchServe on loopback; yields the URL of its inference API once a worker has answered.
+    """A running TorchServe on loopback; yields the URL of its inference API once a worker is ready.
 
-    Free ports are taken where `options` (those of `command`) name none. The server stops when the block ends or
-    fails, and, on Linux, also when this process is killed. `log` is the file for the server's output.
+    Free ports are taken where `options` (those of `command`) name none. `folder` is the server's working directory:
+    its output is in `torchserve.log` there and, with `auth`, its tokens in `key_file.json`; by default it is
+    temporary. The server stops when the block ends or fails, and, on Linux, also when the thread that started it
+    ends or is killed.
 
     Raises:
         RuntimeError: the server ended or was not ready within `timeout` seconds; the message holds its last lines.
@@ -138,42 +164,83 @@ def torchserve(
     ports = dict(zip(("port", "management_port", "metrics_port"), free_ports(3), strict=True))
     options = ports | options
     argv, env = command(model_store, **options)
-    url = f"http://127.0.0.1:{options['port']}"
     with tempfile.TemporaryDirectory(prefix="torchserve-") as scratch:
-        log = Path(log or Path(scratch, "torchserve.log"))
+        folder = Path(folder or scratch)
+        log = folder / "torchserve.log"
         with log.open("wb") as output:
-            server = subprocess.Popen(
-                argv,
-                env=env | {"TMPDIR": scratch},
-                cwd=scratch,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                preexec_fn=end_with_parent,
-            )
+            server = start(argv, env | {"TMPDIR": scratch}, cwd=folder, stdout=output, stderr=subprocess.STDOUT)
         try:
-            wait_until_ready(server, url, log, timeout)
-            yield url
+            wait_until_ready(server, options["management_port"], log, timeout)
+            yield f"http://127.0.0.1:{options['port']}"
         finally:
             stop(server)
 
 
-def end_with_parent() -> None:
-    """In a child process on Linux: ask for SIGTERM when the parent ends, however it ends (`man 2 prctl`)."""
+def start(argv: list[str], env: dict[str, str], **popen_options) -> subprocess.Popen:
+    """TorchServe as a child that gets no Ctrl-C of the terminal's, and that ends with this process."""
+    return subprocess.Popen(argv, env=env, start_new_session=True, preexec_fn=prepare_child, **popen_options)
+
+
+def prepare_child() -> None:
+    """In the child: keep its files (tokens) to the user, and on Linux get SIGTERM when the parent ends, however."""
+    os.umask(0o077)
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def wait_until_ready(server: subprocess.Popen, url: str, log: Path, timeout: float) -> None:
-    """Return once `/ping` is healthy, which it is as soon as a worker has loaded the model and warmed up."""
+def describe(management_port: int, folder: Path | str = ".", model: str = "fastunet") -> dict:
+    """What TorchServe's management API says of `model`, workers and queue included.
+
+    Raises:
+        OSError: nobody answers, or not with 200 (the error is urllib's HTTPError then).
+    """
+    request = urllib.request.Request(f"http://127.0.0.1:{management_port}/models/{model}")
+    with contextlib.suppress(FileNotFoundError):  # TorchServe writes it when it asks for tokens
+        keys = json.loads(Path(folder, "key_file.json").read_text())
+        request.add_header("Authorization", f"Bearer {keys['management']['key']}")
+    with urllib.request.urlopen(request, timeout=5) as answer:
+        return json.load(answer)[0]
+
+
+def is_ready(management_port: int, folder: Path | str = ".", model: str = "fastunet") -> bool:
+    """Whether a worker of `model` has loaded it and answered its warm-up."""
+    try:
+        return any(worker["status"] == "READY" for worker in describe(management_port, folder, model)["workers"])
+    except (OSError, ValueError):
+        return False
+
+
+def wait_until_ready(server: subprocess.Popen, management_port: int, log: Path, timeout: float) -> None:
+    """Return once a worker is ready; RuntimeError, with the last lines of `log`, when that does not happen in time."""
     deadline = time.monotonic() + timeout
     while server.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(OSError, urllib.error.URLError):
-            if urllib.request.urlopen(f"{url}/ping", timeout=5).status == 200:
-                return
+        if is_ready(management_port, log.parent):
+            return
         time.sleep(0.2)
     ended = "ended" if server.poll() is not None else f"was not ready within {timeout:.0f} s"
     lines = log.read_text(errors="replace").splitlines()[-30:]
     raise RuntimeError("\n".join([f"TorchServe {ended}. Its last lines:", *lines]))
+
+
+def drain(management_port: int, timeout: float = 25) -> None:
+    """Return when no request waits and no worker computes any more: none used the processor for half a second.
+
+    TorchServe does not say how many requests are with its workers, so their processor time is watched. Who stops a
+    server takes it off the load balancer first; a request that arrives during the wait is still answered.
+    """
+    import psutil  # comes with TorchServe
+
+    deadline, quiet, before = time.monotonic() + timeout, 0, {}
+    while quiet < 2 and time.monotonic() < deadline:
+        try:
+            model = describe(management_port)
+            times = {worker["pid"]: psutil.Process(worker["pid"]).cpu_times()[:2] for worker in model["workers"]}
+            waiting = model["jobQueueStatus"]["pendingRequests"]
+        except (OSError, ValueError, psutil.Error):
+            return
+        quiet = quiet + 1 if times == before and not waiting else 0
+        before = times
+        time.sleep(0.25)
 
 
 def stop(server: subprocess.Popen) -> None:
@@ -186,26 +253,50 @@ def stop(server: subprocess.Popen) -> None:
         server.wait()
 
 
+def run(argv: list[str], env: dict[str, str], management_port: int) -> int:
+    """TorchServe in the foreground, until it ends or SIGTERM or SIGINT comes; returns the exit status."""
+    server = start(argv, env)
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    while server.poll() is None and not stopping.wait(0.2):
+        pass
+    if not stopping.is_set():
+        return server.returncode
+    drain(management_port)
+    stop(server)
+    return 0
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Serve model_store/fastunet.mar with TorchServe, in the foreground, on loopback."
     )
     parser.add_argument("--model-store", default="model_store", help="folder of the archive (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8080, help="predictions (default: %(default)s)")
+    in_cloud = os.environ.get("AIP_HTTP_PORT")  # a container of AI Platform: reachable from outside, on that port
+    parser.add_argument("--host", default="0.0.0.0" if in_cloud else "127.0.0.1", help="default: %(default)s")
+    parser.add_argument("--port", type=int, default=in_cloud or 8080, help="predictions (default: %(default)s)")
     parser.add_argument("--management-port", type=int, default=8081, help="default: %(default)s")
     parser.add_argument("--metrics-port", type=int, default=8082, help="Prometheus metrics (default: %(default)s)")
     parser.add_argument(
         "--auth", action="store_true", help="ask for a token; TorchServe writes the tokens to key_file.json"
     )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="start nothing: exit with 0 if the server on this machine has a worker that is ready, else with 1",
+    )
     options = vars(parser.parse_args())
-    if "AIP_HTTP_PORT" in os.environ:  # a container of AI Platform: reachable from outside
-        options |= {"host": "0.0.0.0", "port": int(os.environ["AIP_HTTP_PORT"])}
+    if options.pop("check"):
+        sys.exit(not is_ready(options["management_port"]))
     try:
+        if uri := os.environ.get("AIP_STORAGE_URI"):
+            options["model_store"] = fetch(uri)
         argv, env = command(**options)
     except OSError as e:
         sys.exit(f"error: {e}")
-    print(f"http://{options.get('host', '127.0.0.1')}:{options['port']}/predictions/fastunet", flush=True)
-    os.execve(argv[0], argv, env)
+    print(f"http://{options['host']}:{options['port']}/predictions/fastunet", flush=True)
+    sys.exit(run(argv, env, options["management_port"]))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,127 @@
+"""Shared fixtures: a small learner, its model store with a real archive, one TorchServe for the whole session."""
+
+import io
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from deployment.export import export_learner
+from deployment.serve import torchserve
+
+ROOT = Path(__file__).parents[1]
+CODES = ["Sky", "Building", "Pole", "Road", "Sidewalk", "Tree", "SignSymbol", "Fence", "Car", "Pedestrian"]
+
+
+def draw_photo(seed: int, size: tuple[int, int] = (320, 240)) -> Image.Image:
+    """A reproducible RGB picture of `size` (width, height): shapes on a gradient with some noise."""
+    rng = np.random.default_rng(seed)
+    width, height = size
+    ramp = np.linspace(0, 1, height)[:, None, None] * rng.uniform(50, 200, 3)
+    noise = rng.normal(0, 12, (height, width, 3))
+    image = Image.fromarray((ramp + noise + rng.uniform(0, 60, 3)).clip(0, 255).astype(np.uint8))
+    draw = ImageDraw.Draw(image)
+    for _ in range(12):
+        x, y = rng.integers(-40, width), rng.integers(-40, height)
+        w, h = rng.integers(10, max(width // 2, 11)), rng.integers(10, max(height // 2, 11))
+        shape = draw.ellipse if rng.random() < 0.5 else draw.rectangle
+        shape([int(x), int(y), int(x + w), int(y + h)], fill=tuple(int(c) for c in rng.integers(0, 256, 3)))
+    return image
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
+    """`image` as the bytes of a file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def learner(tmp_path_factory):
+    """A fastai learner: a resnet18 U-Net for 64 × 96 pixels and ten classes, random weights, all classes in use."""
+    from fastai.vision.all import Resize, SegmentationDataLoaders, resnet18, set_seed, unet_learner
+
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(4):
+        draw_photo(i).save(folder / f"{i}.png")
+        classes = np.random.default_rng(i).integers(0, len(CODES), (240, 320), np.uint8)
+        Image.fromarray(classes).save(folder / f"{i}_mask.png")
+    files = sorted(f for f in folder.glob("?.png"))
+    set_seed(0)
+    dls = SegmentationDataLoaders.from_label_func(
+        folder,
+        files,
+        lambda f: f.with_name(f"{f.stem}_mask.png"),
+        codes=np.array(CODES),
+        item_tfms=Resize((64, 96), method="squish"),
+        bs=2,
+        num_workers=0,
+    )
+    learner = unet_learner(dls, resnet18, pretrained=False, n_out=len(CODES))
+    spread_classes(learner, files)
+    return learner
+
+
+def spread_classes(learner, files: list[Path]) -> None:
+    """Shift and scale the last layer so that each class has the highest logit somewhere in `files`."""
+    x = torch.cat([learner.dls.test_dl([f]).one_batch()[0] for f in files]).as_subclass(torch.Tensor)
+    with torch.inference_mode():
+        logits = learner.model.eval()(x).as_subclass(torch.Tensor)
+    last = learner.model.layers[-2][0]
+    with torch.no_grad():
+        mean, std = logits.mean((0, 2, 3)), logits.std((0, 2, 3))
+        last.weight /= std[:, None, None, None]
+        last.bias.copy_((last.bias - mean) / std)
+
+
+@pytest.fixture(scope="session")
+def model_store(learner, tmp_path_factory) -> Path:
+    """A model store with `fastunet.mar`, made of `learner` by the export and the plain torch-model-archiver."""
+    store = export_learner(learner, tmp_path_factory.mktemp("model_store"))
+    archive(store)
+    return store
+
+
+def archive(store: Path) -> None:
+    """Make `store`/fastunet.mar of what the export wrote into `store`."""
+    archiver = shutil.which("torch-model-archiver", path=Path(sys.executable).parent) or "torch-model-archiver"
+    arguments = {
+        "model-name": "fastunet",
+        "version": "1.0",
+        "handler": ROOT / "deployment" / "handler.py",
+        "model-file": ROOT / "deployment" / "model.py",
+        "serialized-file": store / "fastunet.pth",
+        "config-file": store / "model-config.yaml",
+        "export-path": store,
+    }
+    subprocess.run([archiver, "--force", *(f"--{k}={v}" for k, v in arguments.items())], check=True, cwd=ROOT)
+
+
+@pytest.fixture(scope="session")
+def server(model_store) -> Iterator[str]:
+    """The URL of a TorchServe that serves `model_store`; every test of the session shares it."""
+    with torchserve(model_store) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def photo() -> bytes:
+    """A PNG photo of 320 × 240 pixels."""
+    return encoded(draw_photo(100))
+
+
+@pytest.fixture(scope="session")
+def predict(learner):
+    """A function from a photo's bytes to the class mask (uint8, height × width) that `learn.predict` gives."""
+
+    def mask_of(data: bytes) -> np.ndarray:
+        with learner.no_bar(), learner.no_logging():
+            return learner.predict(data)[0].numpy().astype(np.uint8)
+
+    return mask_of
