@@ -33,7 +33,9 @@ def run(
     stop = threading.Event()
     barrier = threading.Barrier(clients + 1)
     threads = [
-        threading.Thread(target=client, args=(url, photos, n * len(photos) // clients, done, stop, barrier), daemon=True)
+        threading.Thread(
+            target=client, args=(url, photos, n * len(photos) // clients, done, stop, barrier), daemon=True
+        )
         for n in range(clients)
     ]
     for thread in threads:

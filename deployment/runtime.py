@@ -8,6 +8,7 @@ and measures it beside the original. Each optional package is imported only wher
 import importlib
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from torch import Tensor
 
 if __package__:
     from . import handler
+    from .model import decode
 else:  # inside the archive, where the files lie side by side
     import handler
+    from model import decode
 
 PRECISIONS = {"eager": ("fp32",), "compile": ("fp32", "fp16", "bf16"), "openvino": ("fp32", "int8")}
 SAME = 0.9999  # share of pixels on which a float32 runtime must give the class that PyTorch gives
@@ -45,6 +48,30 @@ def optional(package: str):
         raise RuntimeUnavailable(f"this runtime needs `{package}`: pip install {package} ({error})") from None
 
 
+class Segmenter(torch.nn.Module):
+    """The network of `config` and the choice of a class for each pixel: float32 (N, C, H, W) to uint8 (N, H, W)."""
+
+    def __init__(self, config: dict, weights: Path | str):
+        super().__init__()
+        self.network = handler.load_model(config, str(weights))
+        self.options = {"activation": "softmax", "threshold": None} | config.get("decode", {})
+        if self.options["threshold"] is None:  # the activation keeps the order of the classes and costs time
+            self.options["activation"] = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return decode(self.network(x), **self.options)
+
+
+def own_size(config: dict) -> bool:
+    """Whether the network sees photos at their own size: nothing gives them the size `img_size`."""
+    return not config["resize"] and not any(options["size"] for options in config.get("affine") or ())
+
+
+def n_in(config: dict) -> int:
+    """The number of channels of a photo."""
+    return config["options"].get("n_in", 3)
+
+
 # --- serving ---
 
 
@@ -67,11 +94,11 @@ def load(config: dict, model_dir: Path | str, device: torch.device, max_batch: i
         torch.set_num_threads(1)  # torch only makes tensors here: its threads would spin beside OpenVINO's
         sizes = [1]
     else:
-        model = handler.load_model(config, str(find(model_dir, "*.pth")))
+        model = Segmenter(config, find(model_dir, "*.pth"))
         sizes = [1] if device.type == "cpu" else [2**i for i in range((max_batch - 1).bit_length() + 1)]
-        predict = compiled_model(model, precision, device, sizes, fixed_size=bool(config["resize"]))
+        predict = compiled_model(model, precision, device, sizes, one_size=not own_size(config))
     for size in sizes:
-        predict(torch.zeros(size, config["options"].get("n_in", 3), *config["img_size"]))
+        predict(torch.zeros(size, n_in(config), *config["img_size"]))
     return predict
 
 
@@ -88,7 +115,7 @@ def find(folder: Path | str, pattern: str) -> Path:
 
 
 def compiled_model(
-    model: torch.nn.Module, precision: str, device: torch.device, sizes: list[int], fixed_size: bool = True
+    model: torch.nn.Module, precision: str, device: torch.device, sizes: list[int], one_size: bool = True
 ) -> Callable[[Tensor], Tensor]:
     """`model` under `torch.compile`, as `load` returns it.
 
@@ -103,14 +130,9 @@ def compiled_model(
     if dtype and not gpu:
         raise RuntimeUnavailable(f"runtime `compile` with precision {precision} needs a GPU: use fp32, or openvino")
     model = model.to(device, memory_format=torch.channels_last)
-
-    def forward(x: Tensor) -> Tensor:
-        return model(x).argmax(dim=1).to(torch.uint8)
-
     torch._inductor.config.freezing = not gpu  # packs the weights once instead of at every call
-    compiled = torch.compile(
-        forward, mode="reduce-overhead" if gpu else "default", dynamic=False if fixed_size else None
-    )
+    mode = "reduce-overhead" if gpu else "default"  # CUDA graphs
+    compiled = torch.compile(model, mode=mode, dynamic=False if one_size else None)
 
     @torch.no_grad()  # freezing does not know inference_mode
     def predict(batch: Tensor) -> Tensor:
@@ -127,26 +149,20 @@ def compiled_model(
 
 
 def openvino_model(model, threads: int | None = None) -> Callable[[Tensor], Tensor]:
-    """An OpenVINO model (a path, or one in memory) with logits as output, as `load` returns it.
-
-    The classes are picked inside of OpenVINO, which costs a fifth of torch's argmax.
-    """
-    ov = optional("openvino")
-    ops = importlib.import_module("openvino.opset13")
-    core = ov.Core()
-    model = core.read_model(model) if isinstance(model, str | Path) else model.clone()
-    logits = model.get_results()[0].input_value(0)
-    classes = ops.topk(logits, np.int64(1), 1, "max", "none", index_element_type="i32").output(1)
-    mask = ops.convert(ops.squeeze(classes, np.array([1])), "u8")
-    compiled = core.compile_model(
-        ov.Model([mask.output(0)], model.get_parameters()),
-        "CPU",
-        {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
-            "INFERENCE_PRECISION_HINT": "f32",  # the default is bfloat16 where the CPU has it: other masks
-            "ENABLE_CPU_PINNING": False,  # several workers would all be pinned to the same cores
-        },
+    """What `convert` made, a path or a model in memory, as `load` returns it."""
+    compiled = (
+        optional("openvino")
+        .Core()
+        .compile_model(
+            model,
+            "CPU",
+            {
+                "PERFORMANCE_HINT": "LATENCY",
+                "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
+                "INFERENCE_PRECISION_HINT": "f32",  # the default is bfloat16 where the CPU has it: other masks
+                "ENABLE_CPU_PINNING": False,  # several workers would all be pinned to the same cores
+            },
+        )
     )
     request = compiled.create_infer_request()
 
@@ -187,12 +203,12 @@ def convert(
     if precision == "int8" and not calibrate:
         raise ConversionError("int8 must be calibrated: name a folder of some hundred photos with --calibrate")
     ov = optional("openvino")
-    model = handler.load_model(config, str(weights))
+    model = Segmenter(config, weights)
     train, valid = photos(calibrate) if calibrate else ([], [])
     inputs = [read(path, config) for path in valid] or list(torch.rand(4, 1, n_in(config), *config["img_size"]))
     labels = [read_label(path, config) for path in valid] if valid and label_of(valid[0]).exists() else None
     with torch.inference_mode():
-        original = [model(x).argmax(dim=1).to(torch.uint8) for x in inputs]
+        original = [model(x) for x in inputs]
 
     best = None
     candidates = quantized(model, config, train, inputs, labels, original, max_drop) if precision == "int8" else None
@@ -219,19 +235,16 @@ def convert(
     return config | {"runtime": "openvino", "precision": precision, "accuracy": report}
 
 
-def n_in(config: dict) -> int:
-    return config["options"].get("n_in", 3)
-
-
 def to_openvino(model: torch.nn.Module, config: dict):
-    """`model` as an OpenVINO model whose batch size is free, and height and width too where no resize fixes them."""
+    """`model` as an OpenVINO model whose batch size is free, and height and width too where photos keep their own."""
     ov = optional("openvino")
     h, w = config["img_size"]
-    if config["resize"]:
-        shape = [-1, n_in(config), h, w]
-    else:  # tracing keeps only what it saw: odd sides make every step up resize, as it must for some photos
+    shape = [-1, n_in(config), h, w]
+    if own_size(config):  # tracing keeps what it saw: with odd sides every step up resizes, as some photos need it
         shape, h, w = [-1, n_in(config), -1, -1], h | 1, w | 1
-    return ov.convert_model(model, example_input=torch.rand(2, n_in(config), h, w), input=shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # of just that
+        return ov.convert_model(model, example_input=torch.rand(2, n_in(config), h, w), input=shape)
 
 
 def quantized(model, config, train, inputs, labels, original, max_drop) -> Iterator:
@@ -245,12 +258,12 @@ def quantized(model, config, train, inputs, labels, original, max_drop) -> Itera
     yield nncf.quantize(to_openvino(model, config), data, **settings)
     if labels is None:
         return
-    last = len(model.layers) - 1
+    last = len(model.network.layers) - 1
     head = nncf.IgnoredScope(patterns=[rf".*layers\.({last - 1}|{last})[./].*"], validate=False)
     yield nncf.quantize(to_openvino(model, config), data, ignored_scope=head, **settings)
 
     def change(compiled, _) -> tuple[float, None]:
-        masks = [torch.from_numpy(compiled(x.numpy())[0]).argmax(dim=1).to(torch.uint8) for x in inputs]
+        masks = [torch.from_numpy(compiled(x.numpy())[0]) for x in inputs]
         return -compare(original, masks, labels, config["codes"])["drop"], None
 
     yield nncf.quantize_with_accuracy_control(
@@ -293,7 +306,7 @@ def read(photo: Path, config: dict) -> Tensor:
     image = handler.open_image(photo.read_bytes(), n_in(config))
     if config["resize"]:
         image = handler.resize(image, **config["resize"])
-    return handler.to_tensor(image, config["mean"], config["std"])[None]
+    return handler.to_tensor(image, config["mean"], config["std"], config.get("affine"))[None]
 
 
 def read_label(photo: Path, config: dict) -> Tensor:
@@ -307,8 +320,10 @@ def read_label(photo: Path, config: dict) -> Tensor:
         raise ConversionError(f"no label {path} for {photo.name}: give every photo its label, or none")
     with Image.open(path) as image:
         if config["resize"]:
-            image = handler.resize(image, **config["resize"], resample=Image.Resampling.NEAREST)
+            image = handler.resize(image, **config["resize"] | {"resample": "nearest"})
         label = torch.from_numpy(np.array(image, np.uint8))[None]
+    for options in config.get("affine") or ():
+        label = handler.resample(label.float(), **options | {"mode": "nearest"}).to(torch.uint8)
     if label.max() >= len(config["codes"]):
         raise ConversionError(f"{path} has class {label.max()}, but the model knows {len(config['codes'])} classes")
     return label
