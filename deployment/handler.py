@@ -378,10 +378,11 @@ class UnetHandler:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         if config["runtime"] == "eager":
             weights = f"{properties['model_dir']}/{context.manifest['model']['serializedFile']}"
-            self.model = load_model(config, weights).to(self.device)
+            network = load_model(config, weights).to(self.device)
+            self.model = lambda batch: decode(network(batch.to(self.device)), **config.get("decode", {})).cpu()
         else:
             runtime = importlib.import_module(".runtime" if __package__ else "runtime", __package__)
-            self.model = runtime.load(config, properties["model_dir"], self.device)
+            self.model = runtime.load(config, properties["model_dir"], self.device, self.batch_size)
         self.inference([Photo(x=torch.zeros(self.n_in, *config["img_size"]))])
 
     def preprocess(self, requests: list[dict], context) -> list[Job]:
@@ -443,8 +444,7 @@ class UnetHandler:
     def forward(self, photos: list[Photo]) -> None:
         """One forward pass; where memory runs out the batch is halved, and a photo that does not fit alone fails."""
         try:
-            logits = self.model(torch.stack([photo.x for photo in photos]).to(self.device))
-            masks = decode(logits, **self.config.get("decode", {})).cpu().numpy()
+            masks = self.model(torch.stack([photo.x for photo in photos])).numpy()
             for photo, mask in zip(photos, masks, strict=True):
                 photo.mask = mask
             return
