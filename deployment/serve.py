@@ -92,11 +92,8 @@ def command(
 
     home = Path(ts.__file__).parent
     grpc, grpc_management, worker = free_ports(3)
-    workers = (
-        cores()
-        if not os.environ.get("TS_DEFAULT_WORKERS_PER_MODEL")
-        else int(os.environ["TS_DEFAULT_WORKERS_PER_MODEL"])
-    )
+    # Few workers with several threads each: one request alone then uses all of them, and a batch does so too.
+    workers = int(os.environ.get("TS_DEFAULT_WORKERS_PER_MODEL") or max(1, cores() // 4))
     env = os.environ | {
         "TS_INFERENCE_ADDRESS": f"http://{host}:{port}",
         "TS_MANAGEMENT_ADDRESS": f"http://127.0.0.1:{management_port}",
@@ -108,7 +105,14 @@ def command(
         "TS_DISABLE_TOKEN_AUTHORIZATION": str(not auth).lower(),
         "OMP_NUM_THREADS": str(max(1, cores() // workers)),
     }
-    argv = [java(), f"-Dmodel_server_home={home.parent}", f"-Dlog4j.configurationFile={LOG_CONFIG.as_uri()}"]
+    # For some ten requests a second Java's second compiler and parallel collector cost more than they bring.
+    argv = [
+        java(),
+        "-XX:TieredStopAtLevel=1",
+        "-XX:+UseSerialGC",
+        f"-Dmodel_server_home={home.parent}",
+        f"-Dlog4j.configurationFile={LOG_CONFIG.as_uri()}",
+    ]
     argv += ["-cp", str(home / "frontend" / "*"), "org.pytorch.serve.ModelServer", "--python", sys.executable]
     argv += ["-f", str(CONFIG), "-s", str(archive.parent), "-ncs", "-m", f"{model}={archive.name}"]
     return argv, env
