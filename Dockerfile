@@ -17,8 +17,9 @@ RUN apt-get update \
     && apt-get clean && rm -rf /var/lib/apt/lists/*
 ARG TORCH_BACKEND=
 ENV UV_SYSTEM_CERTS=true UV_COMPILE_BYTECODE=true UV_LINK_MODE=copy
-COPY deployment/requirements.txt .
-# Triton goes again: it is a GPU compiler of 1 GB that calls a C compiler, which the image does not have.
+COPY deployment/requirements.txt constraints.txt ./
+# Of the CUDA packages each build of PyTorch pins its own versions. Triton goes again: it is a compiler of 1 GB that calls
+# a C compiler in its turn, and the image has none. Runtimes `eager` and `openvino` need neither; `compile` needs both.
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     --mount=type=secret,id=uv,target=/etc/uv/uv.toml \
     --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
@@ -26,7 +27,8 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     python3 -m venv /opt/uv \
     && /opt/uv/bin/pip install --no-cache-dir --disable-pip-version-check uv==0.13.9 \
     && /opt/uv/bin/uv venv --python /usr/bin/python3 /opt/venv \
-    && /opt/uv/bin/uv pip install --python /opt/venv --requirements requirements.txt \
+    && grep -vE '^(cuda|nvidia|triton)' constraints.txt > pins.txt \
+    && /opt/uv/bin/uv pip install --python /opt/venv --requirements requirements.txt --constraints pins.txt \
        ${TORCH_BACKEND:+--torch-backend=${TORCH_BACKEND}} \
     && /opt/uv/bin/uv pip uninstall --python /opt/venv triton
 

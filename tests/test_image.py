@@ -49,7 +49,7 @@ def image(model_store, tmp_path_factory) -> dict:
     if not buildah("images", "--quiet", "--filter", f"reference={BASE}"):
         make_base()
     context = tmp_path_factory.mktemp("context")
-    for name in ("Dockerfile", ".dockerignore"):
+    for name in ("Dockerfile", ".dockerignore", "constraints.txt"):
         shutil.copy(ROOT / name, context)
     shutil.copytree(ROOT / "deployment", context / "deployment")
     shutil.copytree(ROOT / "notebook", context / "notebook")  # must not get in

@@ -340,8 +340,9 @@ class VertexAI:
                 exited = process.poll() is not None
                 problem = "exited unexpectedly" if exited else "never became ready"
                 check(not exited and time.monotonic() < deadline,
-                      f"Model server {problem}. Its logs: {log}\n{tail(log)}", exceptions.FailedPrecondition)  # fmt: skip
-                time.sleep(0.2)
+                      f"Model server {problem}. Its logs: {log}\n{tail(log)}",
+                      exceptions.FailedPrecondition)  # fmt: skip
+                time.sleep(1)
         except BaseException:
             self.containers.pop(id).stop()
             raise
