@@ -114,7 +114,14 @@ def command(
         "TS_DISABLE_TOKEN_AUTHORIZATION": str(not auth).lower(),
         "OMP_NUM_THREADS": str(threads),
     }
-    argv = [java(), f"-Dmodel_server_home={home.parent}", f"-Dlog4j.configurationFile={LOG_CONFIG.as_uri()}"]
+    # For some ten requests a second Java's second compiler and parallel collector cost more than they bring.
+    argv = [
+        java(),
+        "-XX:TieredStopAtLevel=1",
+        "-XX:+UseSerialGC",
+        f"-Dmodel_server_home={home.parent}",
+        f"-Dlog4j.configurationFile={LOG_CONFIG.as_uri()}",
+    ]
     argv += ["-cp", str(home / "frontend" / "*"), "org.pytorch.serve.ModelServer", "--python", sys.executable]
     argv += ["-f", str(CONFIG), "-s", str(archive.parent), "-ncs", "-m", f"{model}={archive.name}"]
     return argv, env

@@ -2,9 +2,11 @@
 
 import functools
 import io
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -102,7 +104,9 @@ def archive(store: Path) -> None:
         "config-file": store / "model-config.yaml",
         "export-path": store,
     }
-    subprocess.run([archiver, "--force", *(f"--{k}={v}" for k, v in arguments.items())], check=True, cwd=ROOT)
+    command = [archiver, "--force", *(f"--{name}={value}" for name, value in arguments.items())]
+    with tempfile.TemporaryDirectory() as scratch:  # the archiver works in $TMPDIR/fastunet, whoever else does
+        subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"TMPDIR": scratch})
 
 
 @pytest.fixture(scope="session")

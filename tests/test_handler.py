@@ -221,7 +221,7 @@ from conftest import draw_photo, encoded
 context = context_of(Path({store!r}), resize=None)
 unet = loaded(context)
 unet.photos_at_once = 8  # as on a GPU
-photos = [encoded(draw_photo(i, (320, 256))) for i in range(4)]
+photos = [encoded(draw_photo(i, (224, 160))) for i in range(4)]
 alone = [answers(unet, context, photo)[0] for photo in photos]
 assert [status for status, _ in alone] == [200] * 4
 address_space = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -250,9 +250,9 @@ def run_with_memory(store: Path, extra: int) -> tuple[list, list, list]:
 
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_AS"), reason="no limit on address space here")
 def test_out_of_memory_halves_the_batch(model_store):
-    passes, statuses, shapes = run_with_memory(model_store, extra=260)
+    passes, statuses, shapes = run_with_memory(model_store, extra=120)
     assert passes[:2] == [4, 2] and passes.count(4) == 1, passes
-    assert statuses == [200] * 4 and shapes == [[256, 320]] * 4
+    assert statuses == [200] * 4 and shapes == [[160, 224]] * 4
 
 
 def test_out_of_memory_for_one_photo_is_507(small, photo):

@@ -1,0 +1,309 @@
+"""The data of the tutorial: where it comes from, how it is checked and split, how it is scored and shown.
+
+Everything here reads one layout, the one that fastai's CamVid downloads have:
+
+    images/NAME.png      a photo
+    labels/NAME_P.png    its mask: 8 bits a pixel, the pixel's value is the index of its class
+    codes.txt            the class names, one a line, in the order of the indices
+    valid.txt            the photos to validate on, one a line (optional; without it every fifth, drawn at random)
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from fastai.vision.all import (
+    DataBlock,
+    Flip,
+    ImageBlock,
+    IndexSplitter,
+    MaskBlock,
+    Metric,
+    RandomSplitter,
+    Resize,
+    SegmentationDataLoaders,
+    URLs,
+    get_image_files,
+    untar_data,
+)
+from PIL import Image
+from tqdm.auto import tqdm
+
+import scenes
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZE = (96, 128)  # what the model sees: height, width
+N_TRAIN, N_VALID = 120, 30  # how many scenes there are
+SAMPLE_SEED = 200_003
+
+# The folder is named after the code that draws it: when the code changes, the scenes are drawn again.
+_DRAWN_BY = hashlib.sha256(Path(scenes.__file__).read_bytes() + bytes((N_TRAIN, N_VALID))).hexdigest()[:8]
+SCENES = ROOT / "data" / f"scenes-{_DRAWN_BY}"
+
+
+class DataError(Exception):
+    """The data cannot be used; the message says why and what to do about it."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows: the message alone, since the stack below it would not help the reader."""
+        return [f"{type(self).__name__}: {self}"]
+
+
+# --- where the data comes from ---
+
+
+def get_data(name: str | Path) -> Path:
+    """The checked folder of a data set: "scenes", "camvid_tiny", or a folder in the layout described above.
+
+    Scenes are drawn on the first call (some ten seconds), `camvid_tiny` is downloaded on the first call.
+
+    Raises:
+        DataError: the folder is missing or incomplete, a mask does not fit, or the download failed.
+    """
+    if name == "scenes":
+        if not SCENES.exists():
+            draw_scenes(SCENES)
+        path = SCENES
+    elif name == "camvid_tiny":
+        try:
+            path = untar_data(URLs.CAMVID_TINY)
+        except OSError as e:
+            raise DataError(
+                f"camvid_tiny could not be downloaded from {URLs.CAMVID_TINY} ({e}). Connect this machine to the "
+                'network, or use DATA="scenes", which needs none.'
+            ) from e
+    else:
+        path = Path(name).expanduser()
+        if not path.is_dir():
+            raise DataError(
+                f'there is no folder {name}. DATA is "scenes", "camvid_tiny", or a folder with images/, labels/ and '
+                "codes.txt."
+            )
+    check_data(path)
+    return path
+
+
+def draw_scenes(folder: Path, n_train: int = N_TRAIN, n_valid: int = N_VALID) -> None:
+    """Draw street scenes into `folder`, which appears whole or not at all. The seed of a scene is its number."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        (part / "images").mkdir()
+        (part / "labels").mkdir()
+        valid = range(100_000, 100_000 + n_valid)
+        for seed in tqdm([*range(n_train), *valid], desc="drawing scenes", unit="scene"):
+            photo, mask = scenes.draw_scene(seed, SIZE)
+            photo.save(part / "images" / f"{seed:06}.png")
+            mask.save(part / "labels" / f"{seed:06}_P.png")
+        (part / "codes.txt").write_text("\n".join(scenes.CODES) + "\n")
+        (part / "valid.txt").write_text("".join(f"{seed:06}.png\n" for seed in valid))
+        part.chmod(0o755)
+        os.replace(part, folder)
+    except OSError:
+        if not folder.exists():  # where it does, another process was faster and has drawn the same
+            raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def draw_sample(folder: Path) -> Path:
+    """Draw the tutorial's sample, a scene of 640 × 480 pixels that is in no data set, and its true mask beside it.
+
+    Returns:
+        The photo, `folder`/street_view_of_a_small_neighborhood.png; the mask's name ends in `_P.png`.
+    """
+    path = folder / "street_view_of_a_small_neighborhood.png"
+    for picture, target in zip(scenes.draw_scene(SAMPLE_SEED, (480, 640)), (path, mask_of(path, folder)), strict=True):
+        part = target.with_suffix(".part")
+        picture.save(part, "PNG", optimize=True)
+        os.replace(part, target)
+    return path
+
+
+# --- what it must look like ---
+
+
+def check_data(path: Path) -> None:
+    """Look at every photo and every mask before a training starts that would fail, or go wrong, an hour later.
+
+    Raises:
+        DataError: the first thing found wrong.
+    """
+    n_classes = len(read_codes(path))
+    photos = list_photos(path)
+    for photo in tqdm(photos, desc="checking photos and masks", leave=False):
+        label = mask_of(photo)
+        if not label.exists():
+            raise DataError(
+                f"the photo {photo.name} has no mask: labels/{label.name} is missing. Add it, or take the photo away."
+            )
+        try:
+            mask = Image.open(label)
+            stored, seen = np.array(mask), np.array(mask.convert("L"))  # fastai reads masks as 8-bit grey
+            photo_size = Image.open(photo).convert("RGB").size
+        except OSError as e:
+            raise DataError(f"{photo.name} or labels/{label.name} cannot be read: {e}. Replace the file.") from e
+        if not np.array_equal(stored, seen):
+            raise DataError(
+                f"labels/{label.name} is a picture of mode {mask.mode}. A mask is an 8-bit grey PNG (mode L) whose "
+                "pixels are class indices; save it as one."
+            )
+        if mask.size != photo_size:
+            raise DataError(
+                f"{photo.name} has {photo_size[0]} × {photo_size[1]} pixels, its mask {mask.size[0]} × {mask.size[1]}. "
+                "They must be of one size."
+            )
+        if seen.max() >= n_classes:
+            raise DataError(
+                f"labels/{label.name} holds class {seen.max()}, but codes.txt names {n_classes} classes, 0 to "
+                f"{n_classes - 1}. Add the missing names to codes.txt, or correct the mask."
+            )
+    split_files(path)
+
+
+def read_codes(path: Path) -> list[str]:
+    """The class names of the data set in `path`, in the order of their indices.
+
+    Raises:
+        DataError: there is no codes.txt, or it is empty.
+    """
+    try:
+        codes = (path / "codes.txt").read_text(encoding="utf-8").split("\n")
+    except OSError as e:
+        raise DataError(
+            f"{path.name}/codes.txt cannot be read ({e.strerror}). It lists the class names, one a line, in the order "
+            "of the masks' indices."
+        ) from e
+    codes = [code.strip() for code in codes]
+    while codes and not codes[-1]:
+        codes.pop()
+    if not codes:
+        raise DataError(f"{path.name}/codes.txt is empty. It lists the class names, one a line.")
+    return codes
+
+
+def list_photos(path: Path) -> list[Path]:
+    """The photos of the data set in `path`, sorted by name.
+
+    Raises:
+        DataError: there are none.
+    """
+    photos = sorted(get_image_files(path / "images", recurse=False))
+    if not photos:
+        raise DataError(f"there are no photos in {path.name}/images. Put them there, and their masks into labels/.")
+    return photos
+
+
+def split_files(path: Path) -> tuple[list[Path], list[Path]]:
+    """The photos to train on and the photos to validate on, by valid.txt or, without it, by a fixed random fifth.
+
+    Raises:
+        DataError: one of the two would be empty.
+    """
+    photos = list_photos(path)
+    if (path / "valid.txt").exists():
+        listed = {line.strip() for line in (path / "valid.txt").read_text(encoding="utf-8").splitlines()}
+        chosen = [i for i, photo in enumerate(photos) if photo.name in listed or photo.stem in listed]
+    else:
+        with torch.random.fork_rng(devices=[]):  # the splitter seeds all of torch
+            chosen = RandomSplitter(0.2, seed=42)(photos)[1]
+    valid = [photos[i] for i in sorted(chosen)]
+    train = [photo for photo in photos if photo not in set(valid)]
+    if not train or not valid:
+        raise DataError(
+            f"of the {len(photos)} photos in {path.name}/images, {len(train)} are left to train on and {len(valid)} to "
+            "validate on. Both are needed: list some, not all, of the photos in valid.txt, or take that file away."
+        )
+    return train, valid
+
+
+def mask_of(photo: Path, folder: Path | None = None) -> Path:
+    """Where the mask of a photo lies: images/NAME.png → labels/NAME_P.png."""
+    return (folder or photo.parent.parent / "labels") / f"{photo.stem}_P.png"
+
+
+# --- what the learner needs ---
+
+
+def dataloaders(path: Path, bs: int = 8, size: tuple[int, int] = SIZE) -> SegmentationDataLoaders:
+    """Batches of photos, float (bs, 3, *size) in 0..1, and masks, int64 (bs, *size).
+
+    A photo of any size is squeezed to `size` (height, width), when the model trains and when it is served.
+    """
+    train, valid = split_files(path)
+    block = DataBlock(
+        blocks=(ImageBlock, MaskBlock(codes=np.array(read_codes(path)))),
+        splitter=IndexSplitter(range(len(train), len(train) + len(valid))),
+        get_y=mask_of,
+        item_tfms=Resize(size, method="squish"),
+        batch_tfms=Flip(),  # a street seen in a mirror is a street
+    )
+    return SegmentationDataLoaders.from_dblock(block, train + valid, path=path, bs=bs, num_workers=0)
+
+
+def void_index(codes: Sequence[str]) -> int | None:
+    """The index of the class called void, by its name, or None: in CamVid's 12 classes it is 11, in its 32 it is 30."""
+    return next((i for i, code in enumerate(codes) if code.lower() == "void"), None)
+
+
+class PixelAccuracy(Metric):
+    """The share of pixels whose class is right, over the whole validation set, the void class left out.
+
+    A class, since fastai averages a function over batches, which weighs a pixel more where a batch holds more void.
+    """
+
+    def __init__(self, codes: Sequence[str]):
+        self.void = void_index(codes)
+        self.reset()
+
+    def reset(self):
+        self.right = self.total = 0
+
+    def accumulate(self, learn):
+        counted = learn.y != self.void if self.void is not None else torch.ones_like(learn.y, dtype=torch.bool)
+        self.right += (learn.pred.argmax(dim=1) == learn.y)[counted].sum().item()
+        self.total += counted.sum().item()
+
+    @property
+    def value(self) -> float | None:
+        return self.right / self.total if self.total else None
+
+    @property
+    def name(self) -> str:
+        return "pixel_accuracy"
+
+
+# --- what the reader sees ---
+
+
+def show_segmentation(photo: Image.Image | None, masks: Mapping[str, np.ndarray], codes: Sequence[str]) -> None:
+    """Draw a photo (or none) and masks, (H, W) of class indices, side by side, with the colours' names below."""
+    show_rows([({} if photo is None else {"photo": photo}) | dict(masks)], codes)
+
+
+def show_rows(rows: Sequence[Mapping[str, np.ndarray | Image.Image]], codes: Sequence[str]) -> None:
+    """Draw rows of pictures, each {title: picture}: (H, W) is a mask, (H, W, 3) or a PIL picture is a photo."""
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import Patch
+
+    from deployment.handler import palette
+
+    rows = [{title: np.asarray(picture) for title, picture in row.items()} for row in rows]
+    colours = palette(list(codes))
+    shown = sorted({int(i) for row in rows for p in row.values() if p.ndim == 2 for i in np.unique(p)})
+    n = len(rows[0])
+    fig, axes = plt.subplots(len(rows), n, figsize=(3.6 * n, 2.8 * len(rows)), squeeze=False, layout="constrained")
+    for row, line in zip(rows, axes, strict=True):
+        for (title, picture), ax in zip(row.items(), line, strict=True):
+            ax.imshow(colours[picture] if picture.ndim == 2 else picture, interpolation="nearest")
+            ax.set_axis_off()
+            if line is axes[0]:
+                ax.set_title(title)
+    patches = [Patch(color=colours[i] / 255, label=codes[i]) for i in shown]
+    fig.legend(handles=patches, loc="outside lower center", ncols=min(len(shown), 3 * n), frameon=False, fontsize=8)
+    plt.show()
