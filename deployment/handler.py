@@ -80,6 +80,7 @@ class Job:
     format: str = "json"
     size: str = "model"
     is_json: bool = False  # one answer per instance, under "predictions"
+    pixels: int = 0  # that may still be decoded
 
 
 # --- reading requests ---
@@ -391,25 +392,23 @@ class UnetHandler:
         for i, fields in enumerate(requests):
             try:
                 instances, format, size, is_json = read_request(fields, header(context, i, "accept"))
-                job = Job([], format, size, is_json)
-                pixels = self.max_pixels  # for all photos of a request together
+                job = Job([], format, size, is_json, self.max_pixels)
                 for instance in instances:
-                    photo = self.read_photo(instance, job, pixels)
-                    pixels -= self.cost(photo)
-                    job.photos.append(photo)
+                    job.photos.append(self.read_photo(instance, job))
             except Rejected as error:
                 job = Job([Photo(error=error)])
             jobs.append(job)
         return jobs
 
-    def read_photo(self, instance, job: Job, max_pixels: int) -> Photo:
+    def read_photo(self, instance, job: Job) -> Photo:
         """The photo in one instance as the tensor that the model takes; `error` is set where that fails."""
         c, photo = self.config, Photo()
         try:
             data = read_instance(instance)
             photo.size = photo_size(data)
-            if self.cost(photo) > max_pixels:
+            if self.cost(photo) > job.pixels:
                 raise too_large(f"the photos of one request have more than {self.max_pixels} pixels")
+            job.pixels -= self.cost(photo)
             if job.format == "overlay" and job.size == "original" and max(photo.size) > 65500:
                 raise bad_request("no JPEG can be as wide or high as this photo: ask for size=model or format=png")
             image = shown = open_image(data, self.n_in)
