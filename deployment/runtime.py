@@ -72,6 +72,13 @@ def n_in(config: dict) -> int:
     return config["options"].get("n_in", 3)
 
 
+def check(runtime: str, precision: str) -> None:
+    """Raises RuntimeUnavailable where there is no such runtime, or it has no such precision."""
+    if precision not in PRECISIONS.get(runtime, ()):
+        choices = ", ".join(f"{name} ({'/'.join(p)})" for name, p in PRECISIONS.items())
+        raise RuntimeUnavailable(f"no runtime {runtime!r} with precision {precision!r}: choose of {choices}")
+
+
 # --- serving ---
 
 
@@ -86,9 +93,7 @@ def load(config: dict, model_dir: Path | str, device: torch.device, max_batch: i
         FileNotFoundError: `model_dir` lacks the model's file.
     """
     runtime, precision = config["runtime"], config["precision"]
-    if precision not in PRECISIONS.get(runtime, ()):
-        choices = ", ".join(f"{name} ({'/'.join(p)})" for name, p in PRECISIONS.items())
-        raise RuntimeUnavailable(f"no runtime {runtime!r} with precision {precision!r}: choose of {choices}")
+    check(runtime, precision)
     if runtime == "openvino":
         predict = openvino_model(find(model_dir, "*.xml"))
         torch.set_num_threads(1)  # torch only makes tensors here: its threads would spin beside OpenVINO's
@@ -198,8 +203,7 @@ def convert(
             PyTorch's, or `calibrate` cannot be used.
         RuntimeUnavailable: OpenVINO or NNCF is not installed, or has no such precision.
     """
-    if precision not in PRECISIONS["openvino"]:
-        raise RuntimeUnavailable(f"openvino has no precision {precision!r} here: choose of fp32, int8")
+    check("openvino", precision)
     if precision == "int8" and not calibrate:
         raise ConversionError("int8 must be calibrated: name a folder of some hundred photos with --calibrate")
     ov = optional("openvino")
