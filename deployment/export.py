@@ -158,7 +158,7 @@ def load(path: Path | str, *, trust: bool = False, device: str = "cpu"):
             if isinstance(learner, Learner):
                 return learner
             error = TypeError(f"it holds a {type(learner).__name__}")
-    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
     raise ExportError(f"{path} is no learner that fastai can load; it is cut short or something else ({reason})")
 
 
@@ -178,7 +178,9 @@ def lenient_pickle(by_value: bool = True) -> SimpleNamespace:
                 pass
             return type(name, (Missing,), {"symbol": f"{module}.{name}"})
 
-    return SimpleNamespace(Unpickler=Unpickler, load=lambda file, **options: Unpickler(file, **options).load())
+    return SimpleNamespace(
+        __name__="pickle", Unpickler=Unpickler, load=lambda file, **options: Unpickler(file, **options).load()
+    )
 
 
 def require(thing, what: str) -> None:

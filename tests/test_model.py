@@ -143,12 +143,14 @@ def fill(model: nn.Module) -> None:
                     value = value.abs() + 0.5
                 module._parameters[name] = nn.Parameter(value.reshape(p.shape), requires_grad=False)
         for name, b in module._buffers.items():
+            if b is None:
+                continue
             if name == "num_batches_tracked":
                 module._buffers[name] = torch.tensor(7)
-            elif b is not None and name in ("running_mean", "running_var", "weight_u", "weight_v"):
+            elif name in ("running_mean", "running_var", "weight_u", "weight_v"):
                 value = NOISE[: b.numel()] / math.sqrt(b.numel() if name.startswith("weight") else 100)
                 module._buffers[name] = value.abs() + 0.5 if name == "running_var" else value
-            elif b is not None and b.is_meta:
+            elif b.is_meta:
                 raise AssertionError(f"no values for the buffer {name} of {type(module).__name__}")
 
 
