@@ -55,6 +55,7 @@ def connect(project: str | None = None, location: str | None = None, api_endpoin
     if not project:
         raise ValueError("no project: pass --project, or `gcloud config set project PROJECT`")
     api_endpoint = api_endpoint or os.environ.get("AI_PLATFORM_API_ENDPOINT")
+    logging.getLogger("google.cloud.aiplatform").setLevel(logging.WARNING)  # `progress` tells what goes on
     aiplatform.init(project=project, location=location, credentials=credentials, api_endpoint=api_endpoint)
 
 
@@ -485,7 +486,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     from google.api_core.exceptions import GoogleAPICallError
     from google.auth.exceptions import GoogleAuthError
 
-    logging.getLogger("google.cloud.aiplatform").setLevel(logging.WARNING)
     try:
         connect(args.project, args.location, args.api_endpoint)
         run(args)

@@ -22,7 +22,7 @@ from gcp_storage_emulator.server import create_server as create_storage_emulator
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import storage
 
-from deployment.serve import free_ports
+from deployment.serve import free_ports, is_ready
 from tests.test_ai_platform import photos, reference  # noqa: F401
 
 pytestmark = [pytest.mark.image, pytest.mark.timeout(3600)]
@@ -96,13 +96,15 @@ def print_layers() -> None:
 
 @pytest.fixture
 def container():
-    """Runs the image's own command as its own user; yields a function of its environment variables."""
+    """Runs the image's own command as its own user; yields a function of the management port and the environment."""
     running: list[tuple[str, subprocess.Popen]] = []
 
-    def start(config: dict, **environment: str) -> subprocess.Popen:
+    def start(config: dict, management_port: int, **environment: str) -> subprocess.Popen:
         name = buildah("from", IMAGE).strip()
         settings = [f"--env={key}={value}" for key, value in environment.items()]
-        command = [*BUILDAH, "run", "--isolation=chroot", *settings, name, "--", *config["Entrypoint"]]
+        [metrics_port] = free_ports(1)  # a chroot shares the host's ports: the usual ones may be taken
+        ports = [f"--management-port={management_port}", f"--metrics-port={metrics_port}"]
+        command = [*BUILDAH, "run", "--isolation=chroot", *settings, name, "--", *config["Entrypoint"], *ports]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         running.append((name, process))
         return process
@@ -119,18 +121,22 @@ def descendants(process: subprocess.Popen) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
-def wait_until_healthy(process: subprocess.Popen, url: str, timeout: float = 300) -> float:
-    """Seconds until `/ping` first answers 200."""
+def wait(process: subprocess.Popen, condition, timeout: float = 300) -> float:
+    """Seconds until `condition()` is true for the first time."""
     start = time.monotonic()
-    while time.monotonic() - start < timeout and process.poll() is None:
-        try:
-            if requests.get(f"{url}/ping", timeout=10).status_code == 200:
-                return time.monotonic() - start
-        except requests.ConnectionError:
-            pass
+    while not condition():
+        if process.poll() is not None or time.monotonic() - start > timeout:
+            process.kill()
+            pytest.fail(f"the container ended or was not ready within {timeout} s:\n{process.stdout.read()}")
         time.sleep(0.1)
-    process.kill()
-    pytest.fail(f"the container was not healthy within {timeout} s:\n{process.stdout.read()}")
+    return time.monotonic() - start
+
+
+def is_healthy(url: str) -> bool:
+    try:
+        return requests.get(f"{url}/ping", timeout=10).status_code == 200
+    except requests.ConnectionError:
+        return False
 
 
 def mask(url: str, photo: bytes) -> np.ndarray:
@@ -143,38 +149,54 @@ def mask(url: str, photo: bytes) -> np.ndarray:
 
 
 def test_serves_and_stops(image, container, photos, reference):  # noqa: F811
-    assert image["User"] == "serve" and image["Healthcheck"]["Test"][0] == "CMD"
-    [port] = free_ports(1)
+    assert image["User"] == "serve" and image["Healthcheck"]["Test"] == [
+        "CMD",
+        "python",
+        "-m",
+        "deployment.serve",
+        "--check",
+    ]
+    port, management = free_ports(2)
     url = f"http://127.0.0.1:{port}"
-    process = container(image, AIP_HTTP_PORT=str(port))
-    print(f"\n{wait_until_healthy(process, url):.1f} s from the container's start to the first 200 of /ping")
+    process = container(image, management, AIP_HTTP_PORT=str(port))
+    ping = wait(process, lambda: is_healthy(url))
+    ready = ping + wait(process, lambda: is_ready(management))
+    print(
+        f"\nfrom the container's start: {ping:.1f} s to the first 200 of /ping, {ready:.1f} s until a worker is ready"
+    )
     assert all(np.array_equal(mask(url, photo), reference("1", photo)) for photo in photos)
 
-    java = next(p for p in descendants(process) if p.name() == "java")  # the rest are buildah and the workers
-    servers = [java, *java.children(recursive=True)]
-    assert len(servers) > 1 and {p.uids().real for p in servers} == {1000}
+    java = next(p for p in descendants(process) if p.name() == "java")
+    main = java.parent()  # what the container's first process would be
+    servers = [main, *main.children(recursive=True)]
+    assert main.cmdline()[1:4] == ["-m", "deployment.serve", f"--management-port={management}"]
+    assert len(servers) >= 3 and {p.uids().real for p in servers} == {1000}
     open_ports = {c.laddr for p in servers for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
     outside = {address.port for address in open_ports if not address.ip.endswith("127.0.0.1")}
     assert outside == {port}  # everything but predictions and health stays inside
 
-    java.send_signal(signal.SIGTERM)
-    log, _ = process.communicate(timeout=60)
-    assert process.returncode in (0, 128 + signal.SIGTERM), log
-    assert not [p for p in servers if p.is_running()]
+    main.send_signal(signal.SIGTERM)
+    log, _ = process.communicate(timeout=90)
+    assert process.returncode == 0, log
+    assert not psutil.wait_procs(servers, timeout=10)[1]
     assert "Traceback" not in log and "Exception" not in log, log
 
 
 def test_fetches_the_archive_at_start(image, container, next_version, photos, reference, monkeypatch):  # noqa: F811
-    port, storage_port = free_ports(2)
+    port, management, storage_port = free_ports(3)
     url, emulator = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{storage_port}"
     with create_storage_emulator("127.0.0.1", storage_port, in_memory=True, default_bucket="bucket"):
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", emulator)
         client = storage.Client(project="local", credentials=AnonymousCredentials())
         client.bucket("bucket").blob("models/fastunet.mar").upload_from_filename(next_version / "fastunet.mar")
         process = container(
-            image, AIP_HTTP_PORT=str(port), AIP_STORAGE_URI="gs://bucket/models", STORAGE_EMULATOR_HOST=emulator
+            image,
+            management,
+            AIP_HTTP_PORT=str(port),
+            AIP_STORAGE_URI="gs://bucket/models",
+            STORAGE_EMULATOR_HOST=emulator,
         )
-        wait_until_healthy(process, url)
+        wait(process, lambda: is_ready(management))
         assert all(np.array_equal(mask(url, photo), reference("2", photo)) for photo in photos)
 
 

@@ -125,7 +125,7 @@ class Container:
 class VertexAI:
     """The state and the methods of the service; each method is the RPC of its name."""
 
-    images: dict[str, Path | str]  # image URI: the model store in it
+    images: dict[str, Path]  # image URI: the model store in it
     folder: Path  # keys, certificates and the containers' logs
     project: str = PROJECT
     location: str = LOCATION
@@ -581,7 +581,7 @@ def vertex_ai(images: dict[str, Path | str], bucket: str = "local-bucket") -> It
     that Google's libraries read. `images` maps an image URI to the model store that the image holds."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vertex-")))
-        service = VertexAI(images, folder)
+        service = VertexAI({image: Path(store).resolve() for image, store in images.items()}, folder)
         stack.callback(service.stop)
         atexit.register(service.stop)
         stack.callback(atexit.unregister, service.stop)
