@@ -1,7 +1,7 @@
 """The handler's model on a GPU, in process: `python -m benchmark.gpu`. Says so in one line where there is no GPU.
 
-Batches of 1 to 64 photos, eager in float32 against `torch.compile` in float16, from the tensor on the CPU to the mask on
-the CPU. Uses the model in `model_store/`, or random weights where there is none (the speed is the same).
+Batches of 1 to 64 photos, eager in float32 against `torch.compile` in float16, from tensors on the CPU to masks on it.
+Uses the model in `model_store/`, or random weights where there is none (the speed is the same).
 """
 
 import statistics

@@ -64,7 +64,7 @@ def reading(img_size: tuple[int, int] = (96, 128)) -> Iterator[dict]:
 def forward(arch: str, n_classes: int, img_size: tuple[int, int], threads: int = 1) -> dict:
     """Milliseconds of one photo through a model with random weights, on OpenVINO in float32, and its parameters."""
     model = DynamicUnetDIY(arch, n_classes, img_size)
-    config = {"arch": arch, "n_classes": n_classes, "img_size": list(img_size), "options": {}, "resize": {"size": 0}}
+    config = {"arch": arch, "n_classes": n_classes, "img_size": img_size, "options": {}, "resize": {"size": img_size}}
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder, "fastunet.pth")
         torch.save(model.state_dict(), weights)

@@ -24,14 +24,15 @@ import torchvision
 import yaml
 from PIL import Image
 
+from deployment import runtime as runtimes
 from deployment.handler import load_model, open_image, resize, to_tensor
 from deployment.model import ACTIVATIONS, DynamicUnetDIY, create_body, decode
 
 CONFIG_HEAD = """\
 # TorchServe's configuration of this model, for `torch-model-archiver --config-file`.
 # How many workers run is not said here: deployment/serve.py decides it by the machine's cores.
-batchSize: 8         # requests that one worker answers in one forward pass, at most
-maxBatchDelay: 5     # ms that the first of them waits for others
+batchSize: 4         # requests answered in one forward pass, at most; on a GPU 32
+maxBatchDelay: 1     # ms that the first of them waits for others; while a worker computes they gather anyway
 responseTimeout: 120 # s until a worker that does not answer is restarted
 
 # What deployment/handler.py must know of the learner, read off it by deployment/export.py.
@@ -42,17 +43,32 @@ class ExportError(Exception):
     """The learner cannot be exported; the message says why, in one line."""
 
 
-def export_learner(learner, out_dir: Path | str, *, check: Path | str | None = None, tolerance: float = 0.0) -> Path:
+def export_learner(
+    learner,
+    out_dir: Path | str,
+    *,
+    check: Path | str | None = None,
+    tolerance: float = 0.0,
+    runtime: str = "eager",
+    precision: str = "fp32",
+    calibrate: Path | str | None = None,
+    max_drop: float = 0.5,
+) -> Path:
     """Write `fastunet.pth` and `model-config.yaml` of `learner` into `out_dir`, once they are proven; return `out_dir`.
+
+    For the runtime `openvino` the converted model, `fastunet.xml` and `fastunet.bin`, is written too.
 
     Args:
         learner: a `fastai.learner.Learner` around a U-Net, as `unet_learner` makes it.
         out_dir: folder to write into; files already there are replaced whole, or left as they are.
         check: folder of photos to prove the copy on; default: generated photos of several sizes and modes.
         tolerance: greatest difference of a logit that is accepted, on a GPU only; on a CPU there is none.
+        runtime, precision: what serves the model, see `deployment.runtime.PRECISIONS`.
+        calibrate, max_drop: as in `deployment.runtime.convert`.
 
     Raises:
-        ExportError: the learner holds something that cannot be reproduced, or the copy's output differs.
+        ExportError: the learner holds something that cannot be reproduced, the copy's output differs, the runtime
+            cannot be had, or the converted model is not good enough.
     """
     config = describe(learner)
     with tempfile.TemporaryDirectory() as folder:
@@ -65,6 +81,15 @@ def export_learner(learner, out_dir: Path | str, *, check: Path | str | None = N
             torch.save(state, new_weights)
             new_text.write_text(CONFIG_HEAD + yaml.safe_dump({"handler": config}, sort_keys=False))
             prove(learner, yaml.safe_load(new_text.read_text())["handler"], new_weights, photos, tolerance)
+            if runtime != "eager":
+                try:
+                    runtimes.check(runtime, precision)
+                    chosen = config | {"runtime": runtime, "precision": precision}
+                    if runtime == "openvino":
+                        chosen = runtimes.convert(config, new_weights, out_dir, precision, calibrate, max_drop)
+                except (runtimes.RuntimeUnavailable, runtimes.ConversionError) as error:
+                    raise ExportError(str(error)) from error
+                new_text.write_text(CONFIG_HEAD + yaml.safe_dump({"handler": chosen}, sort_keys=False))
     return out_dir
 
 
@@ -133,7 +158,7 @@ def load(path: Path | str, *, trust: bool = False, device: str = "cpu"):
             if isinstance(learner, Learner):
                 return learner
             error = TypeError(f"it holds a {type(learner).__name__}")
-    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
     raise ExportError(f"{path} is no learner that fastai can load; it is cut short or something else ({reason})")
 
 
@@ -153,7 +178,9 @@ def lenient_pickle(by_value: bool = True) -> SimpleNamespace:
                 pass
             return type(name, (Missing,), {"symbol": f"{module}.{name}"})
 
-    return SimpleNamespace(Unpickler=Unpickler, load=lambda file, **options: Unpickler(file, **options).load())
+    return SimpleNamespace(
+        __name__="pickle", Unpickler=Unpickler, load=lambda file, **options: Unpickler(file, **options).load()
+    )
 
 
 def require(thing, what: str) -> None:
@@ -561,11 +588,20 @@ def main() -> None:
     parser.add_argument("--trust", action="store_true", help="load a file that is another user's")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="to prove on (default: %(default)s)")
     parser.add_argument("--tolerance", type=float, default=0.0, help="greatest difference of logits, on cuda only")
+    parser.add_argument("--runtime", default="eager", choices=tuple(runtimes.PRECISIONS), help="default: %(default)s")
+    parser.add_argument("--precision", default="fp32", help="fp32; openvino: int8; compile on a GPU: fp16, bf16")
+    parser.add_argument("--calibrate", metavar="DIR", help="photos for int8, with CamVid's labels/ to measure accuracy")
+    parser.add_argument(
+        "--max-drop", type=float, default=0.5, help="points of accuracy that int8 may lose: %(default)s"
+    )
     args = parser.parse_args()
     print("Loading a learner runs the code that is pickled in it: load only files you trust.", file=sys.stderr)
     try:
         learner = load(args.learner, trust=args.trust, device=args.device)
-        out = export_learner(learner, args.out, check=args.check, tolerance=args.tolerance)
+        options = {
+            name: value for name, value in vars(args).items() if name not in ("learner", "out", "trust", "device")
+        }
+        out = export_learner(learner, args.out, **options)
     except (ExportError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

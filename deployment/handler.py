@@ -80,6 +80,7 @@ class Job:
     format: str = "json"
     size: str = "model"
     is_json: bool = False  # one answer per instance, under "predictions"
+    pixels: int = 0  # that may still be decoded
 
 
 # --- reading requests ---
@@ -367,9 +368,10 @@ class UnetHandler:
         gpu = properties.get("gpu_id")
         self.device = torch.device(f"cuda:{gpu}" if torch.cuda.is_available() and gpu is not None else "cpu")
         self.config = config = context.model_yaml_config["handler"]
-        # On a CPU a batch takes as long as its photos one by one, and rounds a few logits differently: a mask could
-        # then depend on who else asks at the moment.
-        self.photos_at_once = properties.get("batch_size") or 1 if self.device.type == "cuda" else 1
+        # On a CPU a batch takes PyTorch as long as its photos one by one, and rounds a few logits differently: a mask
+        # could then depend on who else asks at the moment. OpenVINO rounds the same in any batch.
+        batch_size = properties.get("batch_size") or 1
+        self.photos_at_once = 1 if self.device.type == "cpu" and config["runtime"] != "openvino" else batch_size
         self.n_in = config["options"].get("n_in", 3)
         self.own_size = not config["resize"] and not any(options["size"] for options in config.get("affine") or ())
         # The network holds about 2 kB for each pixel that it sees; without a resize it sees all of the photo's.
@@ -382,7 +384,7 @@ class UnetHandler:
             self.model = lambda batch: decode(network(batch.to(self.device)), **config.get("decode", {})).cpu()
         else:
             runtime = importlib.import_module(".runtime" if __package__ else "runtime", __package__)
-            self.model = runtime.load(config, properties["model_dir"], self.device, self.batch_size)
+            self.model = runtime.load(config, properties["model_dir"], self.device, batch_size)
         self.inference([Photo(x=torch.zeros(self.n_in, *config["img_size"]))])
 
     def preprocess(self, requests: list[dict], context) -> list[Job]:
@@ -391,25 +393,23 @@ class UnetHandler:
         for i, fields in enumerate(requests):
             try:
                 instances, format, size, is_json = read_request(fields, header(context, i, "accept"))
-                job = Job([], format, size, is_json)
-                pixels = self.max_pixels  # for all photos of a request together
+                job = Job([], format, size, is_json, self.max_pixels)
                 for instance in instances:
-                    photo = self.read_photo(instance, job, pixels)
-                    pixels -= self.cost(photo)
-                    job.photos.append(photo)
+                    job.photos.append(self.read_photo(instance, job))
             except Rejected as error:
                 job = Job([Photo(error=error)])
             jobs.append(job)
         return jobs
 
-    def read_photo(self, instance, job: Job, max_pixels: int) -> Photo:
+    def read_photo(self, instance, job: Job) -> Photo:
         """The photo in one instance as the tensor that the model takes; `error` is set where that fails."""
         c, photo = self.config, Photo()
         try:
             data = read_instance(instance)
             photo.size = photo_size(data)
-            if self.cost(photo) > max_pixels:
+            if self.cost(photo) > job.pixels:
                 raise too_large(f"the photos of one request have more than {self.max_pixels} pixels")
+            job.pixels -= self.cost(photo)
             if job.format == "overlay" and job.size == "original" and max(photo.size) > 65500:
                 raise bad_request("no JPEG can be as wide or high as this photo: ask for size=model or format=png")
             image = shown = open_image(data, self.n_in)

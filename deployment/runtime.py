@@ -72,6 +72,13 @@ def n_in(config: dict) -> int:
     return config["options"].get("n_in", 3)
 
 
+def check(runtime: str, precision: str) -> None:
+    """Raises RuntimeUnavailable where there is no such runtime, or it has no such precision."""
+    if precision not in PRECISIONS.get(runtime, ()):
+        choices = ", ".join(f"{name} ({'/'.join(p)})" for name, p in PRECISIONS.items())
+        raise RuntimeUnavailable(f"no runtime {runtime!r} with precision {precision!r}: choose of {choices}")
+
+
 # --- serving ---
 
 
@@ -86,9 +93,7 @@ def load(config: dict, model_dir: Path | str, device: torch.device, max_batch: i
         FileNotFoundError: `model_dir` lacks the model's file.
     """
     runtime, precision = config["runtime"], config["precision"]
-    if precision not in PRECISIONS.get(runtime, ()):
-        choices = ", ".join(f"{name} ({'/'.join(p)})" for name, p in PRECISIONS.items())
-        raise RuntimeUnavailable(f"no runtime {runtime!r} with precision {precision!r}: choose of {choices}")
+    check(runtime, precision)
     if runtime == "openvino":
         predict = openvino_model(find(model_dir, "*.xml"))
         torch.set_num_threads(1)  # torch only makes tensors here: its threads would spin beside OpenVINO's
@@ -198,21 +203,21 @@ def convert(
             PyTorch's, or `calibrate` cannot be used.
         RuntimeUnavailable: OpenVINO or NNCF is not installed, or has no such precision.
     """
-    if precision not in PRECISIONS["openvino"]:
-        raise RuntimeUnavailable(f"openvino has no precision {precision!r} here: choose of fp32, int8")
+    check("openvino", precision)
     if precision == "int8" and not calibrate:
         raise ConversionError("int8 must be calibrated: name a folder of some hundred photos with --calibrate")
     ov = optional("openvino")
     model = Segmenter(config, weights)
     train, valid = photos(calibrate) if calibrate else ([], [])
+    train = train if precision == "int8" else []
     inputs = [read(path, config) for path in valid] or list(torch.rand(4, 1, n_in(config), *config["img_size"]))
     labels = [read_label(path, config) for path in valid] if valid and label_of(valid[0]).exists() else None
     with torch.inference_mode():
         original = [model(x) for x in inputs]
 
     best = None
-    candidates = quantized(model, config, train, inputs, labels, original, max_drop) if precision == "int8" else None
-    for candidate in candidates or [to_openvino(model, config)]:
+    base = to_openvino(model, config)
+    for candidate in quantized(base, config, train, inputs, labels, original, max_drop) if train else [base]:
         predict = openvino_model(candidate)
         report = compare(original, [predict(x) for x in inputs], labels, config["codes"])
         if best is None or report.get("drop", 0) < best[1].get("drop", 0):
@@ -247,28 +252,28 @@ def to_openvino(model: torch.nn.Module, config: dict):
         return ov.convert_model(model, example_input=torch.rand(2, n_in(config), h, w), input=shape)
 
 
-def quantized(model, config, train, inputs, labels, original, max_drop) -> Iterator:
-    """int8 versions of `model`, each more careful and slower than the one before; made only when asked for."""
+def quantized(base, config: dict, train: list[Path], inputs, labels, original, max_drop: float) -> Iterator:
+    """int8 versions of `base`, each more careful and slower than the one before; made only when asked for."""
     os.environ.setdefault("NNCF_CI", "1")  # no usage statistics
     nncf = optional("nncf")
-    if not train:
-        raise ConversionError("the folder named with --calibrate holds no photo to calibrate with")
     data = nncf.Dataset([read(path, config).numpy() for path in train])
-    settings = dict(preset=nncf.QuantizationPreset.MIXED, subset_size=len(train))
-    yield nncf.quantize(to_openvino(model, config), data, **settings)
+    settings = {"preset": nncf.QuantizationPreset.MIXED, "subset_size": len(train)}
+    yield nncf.quantize(base, data, **settings)
     if labels is None:
         return
-    last = len(model.network.layers) - 1
-    head = nncf.IgnoredScope(patterns=[rf".*layers\.({last - 1}|{last})[./].*"], validate=False)
-    yield nncf.quantize(to_openvino(model, config), data, ignored_scope=head, **settings)
+    yield nncf.quantize(base, data, ignored_scope=nncf.IgnoredScope(names=last_layers(base)), **settings)
 
     def change(compiled, _) -> tuple[float, None]:
         masks = [torch.from_numpy(compiled(x.numpy())[0]) for x in inputs]
         return -compare(original, masks, labels, config["codes"])["drop"], None
 
-    yield nncf.quantize_with_accuracy_control(
-        to_openvino(model, config), data, nncf.Dataset(inputs), change, max_drop=max_drop, **settings
-    )
+    yield nncf.quantize_with_accuracy_control(base, data, nncf.Dataset(inputs), change, max_drop=max_drop, **settings)
+
+
+def last_layers(base, count: int = 3) -> list[str]:
+    """The names of the last `count` convolutions: the head and the block before it."""
+    convolutions = [op for op in base.get_ordered_ops() if op.get_type_name() == "Convolution"]
+    return [op.get_friendly_name() for op in convolutions[-count:]]
 
 
 # --- photos and labels, and the measure ---

@@ -236,7 +236,7 @@ def wait_until_ready(server: subprocess.Popen, management_port: int, log: Path, 
 
 
 def drain(management_port: int, timeout: float = 25) -> None:
-    """Return when no request waits and no worker computes any more: none used the processor for half a second.
+    """Return when no request waits and no worker computes any more: none used the processor for a second.
 
     TorchServe does not say how many requests are with its workers, so their processor time is watched. Who stops a
     server takes it off the load balancer first; a request that arrives during the wait is still answered.
@@ -244,7 +244,7 @@ def drain(management_port: int, timeout: float = 25) -> None:
     import psutil  # comes with TorchServe
 
     deadline, quiet, before = time.monotonic() + timeout, 0, {}
-    while quiet < 2 and time.monotonic() < deadline:
+    while quiet < 4 and time.monotonic() < deadline:
         try:
             model = describe(management_port)
             times = {worker["pid"]: psutil.Process(worker["pid"]).cpu_times()[:2] for worker in model["workers"]}

@@ -69,7 +69,7 @@ def mask_of(path: Path) -> Path:
 
 
 def make(data: Path, item=None, batch=None, *, codes=CODES, img_cls=None, arch="resnet18", label=mask_of, **options):
-    """A learner with random weights whose classes all appear. By default it ends after layer 2 of its resnet."""
+    """A learner with random weights whose classes all appear. By default it ends after layer 1 of its resnet18."""
     from fastai.vision.all import PILImage, Resize, SegmentationDataLoaders, resnet18, set_seed, unet_learner
 
     set_seed(0)
@@ -85,7 +85,7 @@ def make(data: Path, item=None, batch=None, *, codes=CODES, img_cls=None, arch="
         num_workers=0,
     )
     if arch == "resnet18":
-        arch, options = resnet18, {"cut": 6} | options
+        arch, options = resnet18, {"cut": 5} | options
     options = {"pretrained": False, "n_out": len(CODES)} | options
     learner = unet_learner(dls, arch, **options)
     with torch.no_grad():  # every norm does something, no class wins everywhere
@@ -94,6 +94,11 @@ def make(data: Path, item=None, batch=None, *, codes=CODES, img_cls=None, arch="
                 p.add_(0.2 * torch.randn_like(p))
             if name.endswith("gamma"):
                 p.fill_(0.5)
+    last = [module for module in learner.model.modules() if isinstance(module, torch.nn.Conv2d)][-1]
+    with last.register_forward_hook(lambda _, inputs, output: means.append(output.mean((0, 2, 3)))), torch.no_grad():
+        means = []
+        learner.model.eval()(dls.test_dl(sorted(data.glob("?.png"))[:1]).one_batch()[0])
+        last.bias -= means[0].as_subclass(torch.Tensor)
     return learner
 
 
@@ -186,7 +191,7 @@ def test_exported_mask_is_learn_predicts(name, data, photos, tmp_path):
     learner = make(data, **variants()[name])
     store = export_learner(learner, tmp_path / "store")
     assert sorted(p.name for p in store.iterdir()) == ["fastunet.pth", "model-config.yaml"]
-    assert_same_masks(learner, store, photos)
+    assert_same_masks(learner, store, photos if name == "squish" else photos[::4])
 
 
 def test_configuration_holds_what_serving_needs(data, tmp_path):

@@ -7,6 +7,7 @@ import sys
 import warnings
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ CASES = [
         densenet121 squeezenet1_0 squeezenet1_1
         regnet_x_400mf regnet_x_800mf regnet_y_400mf regnet_y_800mf regnet_y_1_6gf
         efficientnet_b0
-        googlenet mobilenet_v3_small shufflenet_v2_x1_0 convnext_tiny swin_t swin_v2_t
+        googlenet mobilenet_v3_small shufflenet_v2_x1_0 convnext_tiny swin_t
         """.split()
     ],
     # wide ones, whose last ResBlock would take long
@@ -73,7 +74,7 @@ CASES = [
     ("resnet18", {"act_cls": "Mish"}, SIZE, 12),
     ("resnet18", {"act_cls": "SiLU"}, SIZE, 12),
     ("resnet18", {"act_cls": ["LeakyReLU", {"negative_slope": 0.1}]}, SIZE, 12),
-    ("resnet18", {"act_cls": "PReLU"}, SIZE, 12),
+    ("resnet18", {"act_cls": "GELU"}, SIZE, 12),
     *[("resnet18", {"norm_type": norm}, SIZE, 12) for norm in ("Batch", "BatchZero", "Weight", "Spectral", "Instance")],
     ("resnet18", {"norm_type": "InstanceZero", "act_cls": "ELU"}, SIZE, 12),
     ("resnet18", {"norm_type": "Weight", "self_attention": True, "blur": True}, (63, 95), 12),
@@ -111,10 +112,9 @@ def fastai_unet(arch: str, options: dict, img_size: tuple[int, int], n_classes: 
     build = partial(create_unet_model, builder, n_classes, img_size, pretrained=False, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision's, about the argument `pretrained`
-        try:
-            with torch.device("meta"):
-                model = build()
-        except RuntimeError:  # architectures that compute their widths with tensors
+        # Without memory until `fill`, but for architectures that compute widths or buffers with tensors.
+        place = torch.device("cpu" if arch.startswith(("regnet", "swin")) else "meta")
+        with place, mock.patch.object(nn.init, "trunc_normal_"):  # slow, and overwritten anyway
             model = build()
     fill(model)
     return model.eval()
@@ -143,12 +143,14 @@ def fill(model: nn.Module) -> None:
                     value = value.abs() + 0.5
                 module._parameters[name] = nn.Parameter(value.reshape(p.shape), requires_grad=False)
         for name, b in module._buffers.items():
+            if b is None:
+                continue
             if name == "num_batches_tracked":
                 module._buffers[name] = torch.tensor(7)
             elif name in ("running_mean", "running_var", "weight_u", "weight_v"):
                 value = NOISE[: b.numel()] / math.sqrt(b.numel() if name.startswith("weight") else 100)
                 module._buffers[name] = value.abs() + 0.5 if name == "running_var" else value
-            elif b is not None and b.is_meta:
+            elif b.is_meta:
                 raise AssertionError(f"no values for the buffer {name} of {type(module).__name__}")
 
 

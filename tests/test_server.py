@@ -390,27 +390,38 @@ def test_addresses_are_loopback_and_models_stay(server, ports, photo):
 # --- start, stop and faults ---
 
 
+ONE_WORKER = {"TS_DEFAULT_WORKERS_PER_MODEL": "1"}
+
+
 @contextlib.contextmanager
 def foreground(model_store: Path, folder: Path, *arguments: str, **environment: str):
-    """`python -m deployment.serve` with one worker; yields the process and its ports."""
+    """`python -m deployment.serve`; yields the process and its ports."""
     ports = dict(zip(("port", "management_port", "metrics_port"), free_ports(3), strict=True))
     command = [sys.executable, "-m", "deployment.serve", "--model-store", str(model_store), *arguments]
     command += [f"--{name.replace('_', '-')}={value}" for name, value in ports.items()]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "TS_DEFAULT_WORKERS_PER_MODEL": "1"} | environment
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
     with (folder / "server.log").open("wb") as log:
         process = subprocess.Popen(command, env=env, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
     try:
         yield process, ports
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(120)
 
 
-def wait_for(condition, timeout: float = 90) -> None:
+def wait_for(condition, timeout: float = 180) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, "timed out"
         time.sleep(0.1)
+
+
+def answers(url: str) -> bool:
+    """Whether `url` answers with 200."""
+    try:
+        return httpx.get(url).status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 def check(ports: dict[str, int], folder: Path) -> int:
@@ -422,33 +433,26 @@ def check(ports: dict[str, int], folder: Path) -> int:
 def test_check_and_a_stop_that_loses_nothing(model_store, tmp_path, photo, predict):
     with foreground(model_store, tmp_path) as (process, ports):
         url = f"http://127.0.0.1:{ports['port']}"
-        wait_for(lambda: contextlib.suppress(httpx.HTTPError) and _answers(f"{url}/ping"))
+        wait_for(lambda: answers(f"{url}/ping"))
         early = check(ports, tmp_path)
         assert early == 1 or is_ready(ports["management_port"])  # Java listens, no worker is ready
         wait_for(lambda: is_ready(ports["management_port"]))
         assert check(ports, tmp_path) == 0
-        body = {"instances": [{"b64": b64(photo)}] * 24}  # takes a while
+        body = {"instances": [{"b64": b64(photo)}] * 4}
         with ThreadPoolExecutor(3) as pool:
-            answers = [pool.submit(httpx.post, url + PREDICT, json=body, timeout=60) for _ in range(3)]
-            time.sleep(0.5)
+            sent = [pool.submit(httpx.post, url + PREDICT, json=body, timeout=300) for _ in range(3)]
+            wait_for(lambda: count(metrics(ports), "ts_inference_requests_total") == 3)
             process.send_signal(signal.SIGTERM)
-            for answer in answers:
+            for answer in sent:
                 assert answer.result().status_code == 200
                 masks = [mask_of(p) for p in answer.result().json()["predictions"]]
                 assert all(np.array_equal(mask, predict(photo)) for mask in masks)
-        assert process.wait(60) == 0
+        assert process.wait(120) == 0
         assert check(ports, tmp_path) == 1
 
 
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(url).status_code == 200
-    except httpx.HTTPError:
-        return False
-
-
 def test_nothing_outlives_a_killed_parent(model_store, tmp_path):
-    with foreground(model_store, tmp_path) as (process, _):
+    with foreground(model_store, tmp_path, **ONE_WORKER) as (process, _):
         parent = psutil.Process(process.pid)
         wait_for(lambda: len(parent.children(recursive=True)) >= 2)  # Java and a worker
         children = parent.children(recursive=True)
@@ -459,7 +463,7 @@ def test_nothing_outlives_a_killed_parent(model_store, tmp_path):
 
 def test_tokens_local_models_only_and_no_worker_outlives_java(model_store, tmp_path, photo):
     """One server for three questions: tokens, allowed URLs with the model API switched on, and a killed Java."""
-    with foreground(model_store, tmp_path, "--auth", TS_ENABLE_MODEL_API="true") as (process, ports):
+    with foreground(model_store, tmp_path, "--auth", TS_ENABLE_MODEL_API="true", **ONE_WORKER) as (process, ports):
         wait_for(lambda: is_ready(ports["management_port"], tmp_path))
         key_file = tmp_path / "key_file.json"
         assert key_file.stat().st_mode & 0o777 == 0o600
@@ -467,11 +471,12 @@ def test_tokens_local_models_only_and_no_worker_outlives_java(model_store, tmp_p
         url = f"http://127.0.0.1:{ports['port']}{PREDICT}"
         management = f"http://127.0.0.1:{ports['management_port']}/models"
         with_key = {name: {"Authorization": f"Bearer {key}"} for name, key in keys.items()}
-        assert httpx.post(url, content=photo).status_code in (400, 401, 403)
-        assert httpx.post(url, content=photo, headers={"Authorization": "Bearer no"}).status_code in (401, 403)
-        assert httpx.post(url, content=photo, headers=with_key["management"]).status_code in (401, 403)
+        # TorchServe 0.12 says 400, with the type InvalidKeyException, where one expects 401.
+        for headers in ({}, {"Authorization": "Bearer no"}, with_key["management"]):
+            answer = httpx.post(url, content=photo, headers=headers)
+            assert answer.status_code == 400 and answer.json()["type"] == "InvalidKeyException"
         assert httpx.post(url, content=photo, headers=with_key["inference"], timeout=60).status_code == 200
-        assert httpx.get(management).status_code in (400, 401, 403)
+        assert httpx.get(management).status_code == 400
         assert httpx.get(management, headers=with_key["management"]).status_code == 200
         assert not any(key in (tmp_path / "server.log").read_text() for key in keys.values())
 
@@ -508,7 +513,7 @@ def test_a_killed_worker_costs_only_its_own_requests(server, ports, photo, predi
 
     def ask(_: int) -> None:
         until = time.monotonic() + 8
-        with httpx.Client(base_url=server, timeout=30) as own:
+        with httpx.Client(base_url=server, timeout=60) as own:
             while time.monotonic() < until:
                 answer = own.post(PREDICT, content=photo)
                 right = answer.status_code == 200 and np.array_equal(mask_of(answer.json()), expected)
@@ -524,6 +529,10 @@ def test_a_killed_worker_costs_only_its_own_requests(server, ports, photo, predi
     good = [a for a in answers if a[1] == 200]
     assert all(right for _, _, right in good) and all(a[1] >= 500 for a in failed)
     assert len(failed) <= 8  # at most what was in flight
-    assert min(when for when, _, _ in good if when > killed) - killed < 15
+    after = min(when for when, _, _ in good if when > killed) - killed
+    print(
+        f"\nSIGKILL of a worker: {len(good)} good answers, {len(failed)} failed, the next good one after {after:.1f} s"
+    )
+    assert after < 15
     wait_for(lambda: [w["status"] for w in describe(ports["management_port"])["workers"]] == ["READY"] * len(workers))
     assert {worker["pid"] for worker in describe(ports["management_port"])["workers"]} != workers
