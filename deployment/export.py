@@ -12,11 +12,11 @@ import os
 import pickle
 import sys
 import tempfile
+import types
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -84,7 +84,16 @@ def written_whole(*paths: Path) -> Iterator[list[Path]]:
 # --- loading ---
 
 
-class Missing:
+class MissingType(type):
+    """Gives a stand-in the attributes, such as class methods, that a pickle asks it for."""
+
+    def __getattr__(cls, name: str):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return stand_in(f"{cls.symbol}.{name}")
+
+
+class Missing(metaclass=MissingType):
     """Stands for a class or function that a learner's pickle names and that cannot be imported here."""
 
     symbol = ""
@@ -95,8 +104,13 @@ class Missing:
     def __init__(self, *args, **kwargs):
         pass
 
-    def __setstate__(self, state):
+    def __setstate__(*args):  # without self: called on stand-ins for classes too
         pass
+
+
+def stand_in(symbol: str) -> type:
+    """A new `Missing` for `symbol`."""
+    return type(symbol.rpartition(".")[2], (Missing,), {"symbol": symbol})
 
 
 def load(path: Path | str, *, trust: bool = False, device: str = "cpu"):
@@ -137,25 +151,33 @@ def load(path: Path | str, *, trust: bool = False, device: str = "cpu"):
     raise ExportError(f"{path} is no learner that fastai can load; it is cut short or something else ({reason})")
 
 
-def lenient_pickle(by_value: bool = True) -> SimpleNamespace:
+def lenient_pickle(by_value: bool = True) -> types.SimpleNamespace:
     """A stand-in for the module `pickle` that unpickles what cannot be imported as `Missing`.
 
     With `by_value` False, that goes for the functions and classes too that cloudpickle has put into the file itself.
     """
 
+    def by_value_stand_in(*args, **kwargs) -> type:
+        name = next((arg for arg in args if isinstance(arg, str)), "a function")
+        if isinstance(getattr(types, name, None), type) and name != "CodeType":
+            return getattr(types, name)
+        return stand_in(f"__main__.{name}")
+
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str):
-            ours = module == __name__ == "__main__"  # the trainer's __main__ was another program
+            if module.split(".")[0] == "cloudpickle" and not by_value:
+                return by_value_stand_in
             try:
-                if not ours and (by_value or module.split(".")[0] != "cloudpickle"):
+                if not module == __name__ == "__main__":  # the trainer's __main__ was another program
                     return super().find_class(module, name)
             except (ImportError, AttributeError):
                 pass
-            return type(name, (Missing,), {"symbol": f"{module}.{name}"})
+            return stand_in(f"{module}.{name}")
 
-    return SimpleNamespace(
-        __name__="pickle", Unpickler=Unpickler, load=lambda file, **options: Unpickler(file, **options).load()
-    )
+    def load(file, **options):
+        return Unpickler(file, **options).load()
+
+    return types.SimpleNamespace(__name__="pickle", Unpickler=Unpickler, load=load)
 
 
 def require(thing, what: str) -> None:
@@ -231,7 +253,8 @@ def describe_network(model, hint: str | None, img_size: list[int] | None) -> dic
     last = next(layer for layer in reversed(rest) if type(layer).__name__ == "ConvLayer")
     n_in = next(p.shape[1] for p in encoder.parameters() if p.ndim == 4)
     arch, cut = find_arch(encoder, n_in, hint)
-    norm = {"BatchNorm2d": "Batch", "InstanceNorm2d": "Instance"}.get(type(first[1]).__name__)
+    norms = {"BatchNorm2d": "Batch", "InstanceNorm2d": "Instance"}
+    norm = next((norms[type(layer).__name__] for layer in first if type(layer).__name__ in norms), None)
     if hasattr(first[0], "weight_g"):
         norm = "Weight"
     elif hasattr(first[0], "weight_orig"):
@@ -246,7 +269,7 @@ def describe_network(model, hint: str | None, img_size: list[int] | None) -> dic
         "self_attention": any(type(block.conv2[-1]).__name__ == "SelfAttention" for block in blocks),
         "y_range": [float(sigmoid.low), float(sigmoid.high)] if sigmoid else None,
         "last_cross": "MergeLayer" in kinds,
-        "act_cls": describe_activation(first[-1]),
+        "act_cls": describe_activation(next(layer for layer in first if not list(layer.parameters()))),
         "norm_type": norm,
     }
     defaults = DynamicUnetDIY.__init__.__kwdefaults__
