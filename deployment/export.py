@@ -104,7 +104,7 @@ class Missing(metaclass=MissingType):
     def __init__(self, *args, **kwargs):
         pass
 
-    def __setstate__(*args):  # without self: called on stand-ins for classes too
+    def __setstate__(self, state):
         pass
 
 
@@ -122,6 +122,7 @@ def load(path: Path | str, *, trust: bool = False, device: str = "cpu"):
     Raises:
         ExportError: the file is missing, belongs to another user and is not trusted, or holds no learner.
     """
+    import fastai
     from fastai.learner import Learner, load_learner
 
     path = Path(path)
@@ -135,38 +136,27 @@ def load(path: Path | str, *, trust: bool = False, device: str = "cpu"):
         pass
     else:
         raise ExportError(f"{path} holds weights only, as learn.save() writes them: give the file of learn.export()")
-    error = None
-    for by_value in (True, False):  # functions that were pickled by value may need the Python that pickled them
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # fastai's warning that a pickle runs code; `main` has said so
-                learner = load_learner(path, cpu=device == "cpu", pickle_module=lenient_pickle(by_value))
-        except Exception as e:  # a broken pickle can raise anything
-            error = error or e
-        else:
-            if isinstance(learner, Learner):
-                return learner
-            error = TypeError(f"it holds a {type(learner).__name__}")
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
-    raise ExportError(f"{path} is no learner that fastai can load; it is cut short or something else ({reason})")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # fastai's warning that a pickle runs code; `main` has said so
+            learner = load_learner(path, cpu=device == "cpu", pickle_module=lenient_pickle())
+        if not isinstance(learner, Learner):
+            raise TypeError(f"it holds a {type(learner).__name__}")
+    except Exception as e:  # a broken pickle can raise anything
+        reason = " ".join(f"{type(e).__name__}: {e}".split())
+        versions = f"Python {sys.version_info.major}.{sys.version_info.minor}, fastai {fastai.__version__}"
+        raise ExportError(
+            f"{path} is no learner that can be loaded: it is something else, cut short, or from versions far from "
+            f"{versions} ({reason})"
+        ) from e
+    return learner
 
 
-def lenient_pickle(by_value: bool = True) -> types.SimpleNamespace:
-    """A stand-in for the module `pickle` that unpickles what cannot be imported as `Missing`.
-
-    With `by_value` False, that goes for the functions and classes too that cloudpickle has put into the file itself.
-    """
-
-    def by_value_stand_in(*args, **kwargs) -> type:
-        name = next((arg for arg in args if isinstance(arg, str)), "a function")
-        if isinstance(getattr(types, name, None), type) and name != "CodeType":
-            return getattr(types, name)
-        return stand_in(f"__main__.{name}")
+def lenient_pickle() -> types.SimpleNamespace:
+    """A stand-in for the module `pickle` that unpickles what cannot be imported as `Missing`."""
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str):
-            if module.split(".")[0] == "cloudpickle" and not by_value:
-                return by_value_stand_in
             try:
                 if not module == __name__ == "__main__":  # the trainer's __main__ was another program
                     return super().find_class(module, name)
