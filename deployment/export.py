@@ -12,11 +12,11 @@ import os
 import pickle
 import sys
 import tempfile
+import types
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -109,7 +109,16 @@ def written_whole(*paths: Path) -> Iterator[list[Path]]:
 # --- loading ---
 
 
-class Missing:
+class MissingType(type):
+    """Gives a stand-in the attributes, such as class methods, that a pickle asks it for."""
+
+    def __getattr__(cls, name: str):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return stand_in(f"{cls.symbol}.{name}")
+
+
+class Missing(metaclass=MissingType):
     """Stands for a class or function that a learner's pickle names and that cannot be imported here."""
 
     symbol = ""
@@ -124,6 +133,11 @@ class Missing:
         pass
 
 
+def stand_in(symbol: str) -> type:
+    """A new `Missing` for `symbol`."""
+    return type(symbol.rpartition(".")[2], (Missing,), {"symbol": symbol})
+
+
 def load(path: Path | str, *, trust: bool = False, device: str = "cpu"):
     """The learner that `learn.export()` wrote to `path`, also where the functions of its trainer are missing.
 
@@ -133,6 +147,7 @@ def load(path: Path | str, *, trust: bool = False, device: str = "cpu"):
     Raises:
         ExportError: the file is missing, belongs to another user and is not trusted, or holds no learner.
     """
+    import fastai
     from fastai.learner import Learner, load_learner
 
     path = Path(path)
@@ -146,41 +161,38 @@ def load(path: Path | str, *, trust: bool = False, device: str = "cpu"):
         pass
     else:
         raise ExportError(f"{path} holds weights only, as learn.save() writes them: give the file of learn.export()")
-    error = None
-    for by_value in (True, False):  # functions that were pickled by value may need the Python that pickled them
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # fastai's warning that a pickle runs code; `main` has said so
-                learner = load_learner(path, cpu=device == "cpu", pickle_module=lenient_pickle(by_value))
-        except Exception as e:  # a broken pickle can raise anything
-            error = error or e
-        else:
-            if isinstance(learner, Learner):
-                return learner
-            error = TypeError(f"it holds a {type(learner).__name__}")
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
-    raise ExportError(f"{path} is no learner that fastai can load; it is cut short or something else ({reason})")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # fastai's warning that a pickle runs code; `main` has said so
+            learner = load_learner(path, cpu=device == "cpu", pickle_module=lenient_pickle())
+        if not isinstance(learner, Learner):
+            raise TypeError(f"it holds a {type(learner).__name__}")
+    except Exception as e:  # a broken pickle can raise anything
+        reason = " ".join(f"{type(e).__name__}: {e}".split())
+        versions = f"Python {sys.version_info.major}.{sys.version_info.minor}, fastai {fastai.__version__}"
+        raise ExportError(
+            f"{path} is no learner that can be loaded: it is something else, cut short, or from versions far from "
+            f"{versions} ({reason})"
+        ) from e
+    return learner
 
 
-def lenient_pickle(by_value: bool = True) -> SimpleNamespace:
-    """A stand-in for the module `pickle` that unpickles what cannot be imported as `Missing`.
-
-    With `by_value` False, that goes for the functions and classes too that cloudpickle has put into the file itself.
-    """
+def lenient_pickle() -> types.SimpleNamespace:
+    """A stand-in for the module `pickle` that unpickles what cannot be imported as `Missing`."""
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str):
-            ours = module == __name__ == "__main__"  # the trainer's __main__ was another program
             try:
-                if not ours and (by_value or module.split(".")[0] != "cloudpickle"):
+                if not module == __name__ == "__main__":  # the trainer's __main__ was another program
                     return super().find_class(module, name)
             except (ImportError, AttributeError):
                 pass
-            return type(name, (Missing,), {"symbol": f"{module}.{name}"})
+            return stand_in(f"{module}.{name}")
 
-    return SimpleNamespace(
-        __name__="pickle", Unpickler=Unpickler, load=lambda file, **options: Unpickler(file, **options).load()
-    )
+    def load(file, **options):
+        return Unpickler(file, **options).load()
+
+    return types.SimpleNamespace(__name__="pickle", Unpickler=Unpickler, load=load)
 
 
 def require(thing, what: str) -> None:
@@ -256,7 +268,8 @@ def describe_network(model, hint: str | None, img_size: list[int] | None) -> dic
     last = next(layer for layer in reversed(rest) if type(layer).__name__ == "ConvLayer")
     n_in = next(p.shape[1] for p in encoder.parameters() if p.ndim == 4)
     arch, cut = find_arch(encoder, n_in, hint)
-    norm = {"BatchNorm2d": "Batch", "InstanceNorm2d": "Instance"}.get(type(first[1]).__name__)
+    norms = {"BatchNorm2d": "Batch", "InstanceNorm2d": "Instance"}
+    norm = next((norms[type(layer).__name__] for layer in first if type(layer).__name__ in norms), None)
     if hasattr(first[0], "weight_g"):
         norm = "Weight"
     elif hasattr(first[0], "weight_orig"):
@@ -271,7 +284,7 @@ def describe_network(model, hint: str | None, img_size: list[int] | None) -> dic
         "self_attention": any(type(block.conv2[-1]).__name__ == "SelfAttention" for block in blocks),
         "y_range": [float(sigmoid.low), float(sigmoid.high)] if sigmoid else None,
         "last_cross": "MergeLayer" in kinds,
-        "act_cls": describe_activation(first[-1]),
+        "act_cls": describe_activation(next(layer for layer in first if not list(layer.parameters()))),
         "norm_type": norm,
     }
     defaults = DynamicUnetDIY.__init__.__kwdefaults__

@@ -98,7 +98,8 @@ def make(data: Path, item=None, batch=None, *, codes=CODES, img_cls=None, arch="
     with last.register_forward_hook(lambda _, inputs, output: means.append(output.mean((0, 2, 3)))), torch.no_grad():
         means = []
         learner.model.eval()(dls.test_dl(sorted(data.glob("?.png"))[:1]).one_batch()[0])
-        last.bias -= means[0].as_subclass(torch.Tensor)
+        if last.bias is not None:
+            last.bias -= means[0].as_subclass(torch.Tensor)
     return learner
 
 
@@ -172,7 +173,7 @@ def variants() -> dict[str, dict]:
         "dice": {"loss_func": DiceLoss()},
         "threshold": {"loss_func": BCEWithLogitsLossFlat(thresh=0.45), "n_out": 1, "y_range": (-2, 2)},
         "all options": {
-            "cut": None,
+            "cut": 7,
             "self_attention": True,
             "blur": True,
             "blur_final": False,
@@ -182,7 +183,7 @@ def variants() -> dict[str, dict]:
         },
         "weight norm": {"norm_type": NormType.Weight, "last_cross": False, "item": Resize((45, 61))},
         "cut in features": {"arch": torchvision.models.mobilenet_v2, "cut": lambda m: m.features[:8]},
-        "vgg": {"arch": torchvision.models.vgg11_bn},
+        "vgg": {"arch": torchvision.models.vgg11_bn, "cut": lambda m: m.features[:8]},
     }
 
 
@@ -246,10 +247,10 @@ def test_command_from_file_to_mask(data, photos, tmp_path):
     learner = make(data, label=lambda path: mask_of(path))
     learner.export(tmp_path / "a learner.pkl")
     command = [sys.executable, "-m", "deployment.export", tmp_path / "a learner.pkl", "--out", tmp_path / "store"]
-    done = subprocess.run([*command, "--check", photos[0].parent], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([*command, "--check", data], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "runs the code" in done.stderr and "fastunet.pth" in done.stdout
-    assert_same_masks(learner, tmp_path / "store", photos)
+    assert_same_masks(learner, tmp_path / "store", photos[::4])
 
 
 @pytest.fixture(scope="module")
@@ -389,15 +390,14 @@ class CodeOfAnotherPython:
         return types.CodeType, (1, 2, 3)
 
 
-def test_functions_pickled_by_another_python(data, photos, tmp_path):
+def test_a_learner_from_another_python_is_told(data, tmp_path):
     learner = make(data)
     learner.their_function = CodeOfAnotherPython()
     learner.export(tmp_path / "learner.pkl")
-    del learner.their_function
-    with pytest.raises(TypeError):
-        torch.load(tmp_path / "learner.pkl", weights_only=False)
-    store = export_learner(export.load(tmp_path / "learner.pkl"), tmp_path / "store")
-    assert_same_masks(learner, store, photos[:4])
+    with pytest.raises(
+        ExportError, match=rf"versions far from Python 3\.{sys.version_info.minor}, fastai 2.*TypeError"
+    ):
+        export.load(tmp_path / "learner.pkl")
 
 
 # --- learners that cannot be reproduced ---
@@ -447,14 +447,14 @@ def refused() -> dict[str, tuple[dict, str]]:
         "gpu crop": ({"batch": RandomResizedCropGPU(40)}, "RandomResizedCropGPU"),
         "ratio resize": ({"item": RatioResize(60)}, "RatioResize"),
         "pad, then resize": ({"item": [CropPad(80), size]}, "Resize"),
-        "two normalizations": ({"batch": [Normalize.from_stats([0.5] * 3, [0.5] * 3)] * 2}, "Normalize"),
+        "statistics per pixel": ({"batch": Normalize(torch.rand(1, 3, 48, 64), torch.ones(1, 3, 48, 64))}, "Normalize"),
         "another scale": ({"batch": IntToFloatTensor(div=127.5)}, "IntToFloatTensor"),
         "numbers": ({"loss_func": MSELossFlat()}, "MSELoss"),
         "smoothed along the wrong axis": ({"loss_func": LabelSmoothingCrossEntropyFlat(axis=1)}, "LabelSmoothing"),
         "several labels a pixel": ({"loss_func": BCEWithLogitsLossFlat()}, "BCEWithLogitsLoss"),
         "no decodes": ({"loss_func": torch.nn.CrossEntropyLoss()}, "CrossEntropyLossFlat"),
         "activation": ({"act_cls": MishJit}, "MishJit"),
-        "layer order": ({"bn_1st": False, "norm_type": NormType.Batch}, "DynamicUnet|activation"),
+        "layer order": ({"bn_1st": False, "norm_type": NormType.Batch}, "no plain DynamicUnet"),
         "too many classes": ({"n_out": 300}, "300 classes"),
     }
 
@@ -494,7 +494,7 @@ def test_one_difference_refuses_and_says_where(stage, message, data, tmp_path, m
             out[0, 5, 6] += 1e-6
         elif stage == "load_model":
             with torch.no_grad():
-                out.layers[0][4][0].conv1.weight[0, 0, 0, 0] *= 1.001
+                out.layers[0][4][0].conv1.weight += 1e-3
         elif stage == "decode" and out.shape[-1] == 64:
             out[0, 7, 8] += 1
         return out
