@@ -79,7 +79,7 @@ def export_learner(
         with written_whole(weights, text) as (new_weights, new_text):
             state = {name: value.detach().cpu().contiguous() for name, value in unet(learner).state_dict().items()}
             torch.save(state, new_weights)
-            new_text.write_text(CONFIG_HEAD + yaml.safe_dump({"handler": config}, sort_keys=False))
+            new_text.write_text(as_yaml(config))
             prove(learner, yaml.safe_load(new_text.read_text())["handler"], new_weights, photos, tolerance)
             if runtime != "eager":
                 try:
@@ -89,8 +89,13 @@ def export_learner(
                         chosen = runtimes.convert(config, new_weights, out_dir, precision, calibrate, max_drop)
                 except (runtimes.RuntimeUnavailable, runtimes.ConversionError) as error:
                     raise ExportError(str(error)) from error
-                new_text.write_text(CONFIG_HEAD + yaml.safe_dump({"handler": chosen}, sort_keys=False))
+                new_text.write_text(as_yaml(chosen))
     return out_dir
+
+
+def as_yaml(config: dict) -> str:
+    """The text of `model-config.yaml` with `config` as its section `handler`."""
+    return CONFIG_HEAD + yaml.safe_dump({"handler": config}, sort_keys=False, default_flow_style=None, width=100)
 
 
 @contextmanager
@@ -291,7 +296,7 @@ def describe_network(model, hint: str | None, img_size: list[int] | None) -> dic
     network = {
         "arch": arch,
         "n_classes": next(last.parameters()).shape[0],
-        "img_size": img_size or list(DynamicUnetDIY.__init__.__defaults__[2]),
+        "img_size": list(img_size or DynamicUnetDIY.__init__.__defaults__[2]),
         "options": {name: value for name, value in options.items() if value != defaults[name]},
     }
     try:
