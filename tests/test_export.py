@@ -275,6 +275,7 @@ def not_a_unet(path: Path, data: Path) -> None:
         (b"", "is no learner"),
         (b"hello, this is no pickle", "is no learner"),
         (pickle.dumps({"not": "a learner"}), "is no learner"),
+        (b"\x80\x02cfastcore.dispatch\nTypeDispatch\n.", "Downgrade to `fastai<2.8.0`"),
         ("truncated", "is no learner"),
         ("state dict", "weights only"),
         ("module", "is no learner"),

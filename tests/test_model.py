@@ -47,6 +47,7 @@ CASES = [
         """.split()
     ],
     ("alexnet", {}, (64, 96), 32),
+    ("inception_v3", {"last_cross": False}, (96, 128), 32),
     ("vgg11_bn", {"cut": ["features", 28]}, SIZE, 11),
     ("vgg16", {"cut": ["features", 30], "self_attention": True}, (48, 80), 11),
     ("densenet121", {"cut": ["features", 11]}, SIZE, 11),
@@ -104,10 +105,11 @@ def fastai_unet(arch: str, options: dict, img_size: tuple[int, int], n_classes: 
         part, n = options["cut"]
         options["cut"] = lambda model: nn.Sequential(*list(getattr(model, part).children())[:n])
     builder = getattr(torchvision.models, arch)
-    if arch == "googlenet":  # fastai can only cut the pretrained one, which has no auxiliary heads
+    if arch in ("googlenet", "inception_v3"):  # fastai can only cut them without their auxiliary heads
+        plain = partial(builder, aux_logits=False, init_weights=False)
 
         def builder(pretrained):
-            return torchvision.models.googlenet(aux_logits=False, init_weights=False)
+            return plain()
 
     build = partial(create_unet_model, builder, n_classes, img_size, pretrained=False, **options)
     with warnings.catch_warnings():
@@ -272,7 +274,7 @@ def test_defaults_are_fastais():
         ({"arch": "resnet35"}, "no classification model named 'resnet35'"),
         ({"arch": "mobilenet_v2"}, "no pooling layer"),
         ({"arch": "vit_b_16"}, "no pooling layer"),
-        ({"arch": "inception_v3"}, "cannot follow the one before"),
+        ({"arch": "mnasnet1_0"}, "no pooling layer"),
         ({"arch": "maxvit_t"}, "cannot follow the one before"),
         ({"bottle": True}, "as in fastai"),
         ({"norm_type": "Layer"}, "unknown norm_type 'Layer'"),
