@@ -11,6 +11,7 @@ DATA ?= scenes
 PORT ?= 8080
 MANAGEMENT_PORT ?= 8081
 METRICS_PORT ?= 8082
+TAG ?= fastunet
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -30,8 +31,10 @@ bench: .venv/installed ## measure against peers and the limit: CONTENDERS=baseli
 soak: .venv/installed ## the long tests: malformed requests by the thousand, a killed worker, 15 minutes of load
 	@$(PY) -m pytest -m soak -s
 
-image: ## build the serving image with docker or podman
-	@echo "image"
+image: ## build the serving image with docker or podman: TAG=fastunet TORCH_BACKEND=cpu|cu126|…
+	@engine=$$(for e in docker podman; do $$e info >/dev/null 2>&1 && echo $$e && break; done); \
+	if [ -z "$$engine" ]; then echo "error: neither docker nor podman answers here; cloudbuild.yaml builds in the cloud" >&2; exit 1; fi; \
+	BUILDAH_FORMAT=docker $$engine build $(if $(TORCH_BACKEND),--build-arg TORCH_BACKEND=$(TORCH_BACKEND)) --tag $(TAG) .
 
 image-test: .venv/installed ## build the same image with buildah, run it, and send it AI Platform requests (root, Debian)
 	@$(PY) -m pytest -m image -s

@@ -12,11 +12,11 @@ import os
 import pickle
 import sys
 import tempfile
+import types
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -24,14 +24,15 @@ import torchvision
 import yaml
 from PIL import Image
 
+from deployment import runtime as runtimes
 from deployment.handler import load_model, open_image, resize, to_tensor
 from deployment.model import ACTIVATIONS, DynamicUnetDIY, create_body, decode
 
 CONFIG_HEAD = """\
 # TorchServe's configuration of this model, for `torch-model-archiver --config-file`.
 # How many workers run is not said here: deployment/serve.py decides it by the machine's cores.
-batchSize: 8         # requests that one worker answers in one forward pass, at most
-maxBatchDelay: 5     # ms that the first of them waits for others
+batchSize: 4         # requests answered in one forward pass, at most; on a GPU 32
+maxBatchDelay: 1     # ms that the first of them waits for others; while a worker computes they gather anyway
 responseTimeout: 120 # s until a worker that does not answer is restarted
 
 # What deployment/handler.py must know of the learner, read off it by deployment/export.py.
@@ -42,17 +43,32 @@ class ExportError(Exception):
     """The learner cannot be exported; the message says why, in one line."""
 
 
-def export_learner(learner, out_dir: Path | str, *, check: Path | str | None = None, tolerance: float = 0.0) -> Path:
+def export_learner(
+    learner,
+    out_dir: Path | str,
+    *,
+    check: Path | str | None = None,
+    tolerance: float = 0.0,
+    runtime: str = "eager",
+    precision: str = "fp32",
+    calibrate: Path | str | None = None,
+    max_drop: float = 0.5,
+) -> Path:
     """Write `fastunet.pth` and `model-config.yaml` of `learner` into `out_dir`, once they are proven; return `out_dir`.
+
+    For the runtime `openvino` the converted model, `fastunet.xml` and `fastunet.bin`, is written too.
 
     Args:
         learner: a `fastai.learner.Learner` around a U-Net, as `unet_learner` makes it.
         out_dir: folder to write into; files already there are replaced whole, or left as they are.
         check: folder of photos to prove the copy on; default: generated photos of several sizes and modes.
         tolerance: greatest difference of a logit that is accepted, on a GPU only; on a CPU there is none.
+        runtime, precision: what serves the model, see `deployment.runtime.PRECISIONS`.
+        calibrate, max_drop: as in `deployment.runtime.convert`.
 
     Raises:
-        ExportError: the learner holds something that cannot be reproduced, or the copy's output differs.
+        ExportError: the learner holds something that cannot be reproduced, the copy's output differs, the runtime
+            cannot be had, or the converted model is not good enough.
     """
     config = describe(learner)
     with tempfile.TemporaryDirectory() as folder:
@@ -63,9 +79,23 @@ def export_learner(learner, out_dir: Path | str, *, check: Path | str | None = N
         with written_whole(weights, text) as (new_weights, new_text):
             state = {name: value.detach().cpu().contiguous() for name, value in unet(learner).state_dict().items()}
             torch.save(state, new_weights)
-            new_text.write_text(CONFIG_HEAD + yaml.safe_dump({"handler": config}, sort_keys=False))
+            new_text.write_text(as_yaml(config))
             prove(learner, yaml.safe_load(new_text.read_text())["handler"], new_weights, photos, tolerance)
+            if runtime != "eager":
+                try:
+                    runtimes.check(runtime, precision)
+                    chosen = config | {"runtime": runtime, "precision": precision}
+                    if runtime == "openvino":
+                        chosen = runtimes.convert(config, new_weights, out_dir, precision, calibrate, max_drop)
+                except (runtimes.RuntimeUnavailable, runtimes.ConversionError) as error:
+                    raise ExportError(str(error)) from error
+                new_text.write_text(as_yaml(chosen))
     return out_dir
+
+
+def as_yaml(config: dict) -> str:
+    """The text of `model-config.yaml` with `config` as its section `handler`."""
+    return CONFIG_HEAD + yaml.safe_dump({"handler": config}, sort_keys=False, default_flow_style=None, width=100)
 
 
 @contextmanager
@@ -84,7 +114,16 @@ def written_whole(*paths: Path) -> Iterator[list[Path]]:
 # --- loading ---
 
 
-class Missing:
+class MissingType(type):
+    """Gives a stand-in the attributes, such as class methods, that a pickle asks it for."""
+
+    def __getattr__(cls, name: str):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return stand_in(f"{cls.symbol}.{name}")
+
+
+class Missing(metaclass=MissingType):
     """Stands for a class or function that a learner's pickle names and that cannot be imported here."""
 
     symbol = ""
@@ -99,6 +138,11 @@ class Missing:
         pass
 
 
+def stand_in(symbol: str) -> type:
+    """A new `Missing` for `symbol`."""
+    return type(symbol.rpartition(".")[2], (Missing,), {"symbol": symbol})
+
+
 def load(path: Path | str, *, trust: bool = False, device: str = "cpu"):
     """The learner that `learn.export()` wrote to `path`, also where the functions of its trainer are missing.
 
@@ -108,6 +152,7 @@ def load(path: Path | str, *, trust: bool = False, device: str = "cpu"):
     Raises:
         ExportError: the file is missing, belongs to another user and is not trusted, or holds no learner.
     """
+    import fastai
     from fastai.learner import Learner, load_learner
 
     path = Path(path)
@@ -121,39 +166,39 @@ def load(path: Path | str, *, trust: bool = False, device: str = "cpu"):
         pass
     else:
         raise ExportError(f"{path} holds weights only, as learn.save() writes them: give the file of learn.export()")
-    error = None
-    for by_value in (True, False):  # functions that were pickled by value may need the Python that pickled them
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # fastai's warning that a pickle runs code; `main` has said so
-                learner = load_learner(path, cpu=device == "cpu", pickle_module=lenient_pickle(by_value))
-        except Exception as e:  # a broken pickle can raise anything
-            error = error or e
-        else:
-            if isinstance(learner, Learner):
-                return learner
-            error = TypeError(f"it holds a {type(learner).__name__}")
-    reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    raise ExportError(f"{path} is no learner that fastai can load; it is cut short or something else ({reason})")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # fastai's warning that a pickle runs code; `main` has said so
+            learner = load_learner(path, cpu=device == "cpu", pickle_module=lenient_pickle())
+        if not isinstance(learner, Learner):
+            raise TypeError(f"it holds a {type(learner).__name__}")
+    except Exception as e:  # a broken pickle can raise anything
+        reason = " ".join(f"{type(e).__name__}: {e}".split())
+        versions = f"Python {sys.version_info.major}.{sys.version_info.minor}, fastai {fastai.__version__}"
+        raise ExportError(
+            f"{path} is no learner that can be loaded: it is something else, cut short, or from versions far from "
+            f"{versions} ({reason})"
+        ) from e
+    return learner
 
 
-def lenient_pickle(by_value: bool = True) -> SimpleNamespace:
-    """A stand-in for the module `pickle` that unpickles what cannot be imported as `Missing`.
-
-    With `by_value` False, that goes for the functions and classes too that cloudpickle has put into the file itself.
-    """
+def lenient_pickle() -> types.SimpleNamespace:
+    """A stand-in for the module `pickle` that unpickles what cannot be imported as `Missing`."""
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str):
-            ours = module == __name__ == "__main__"  # the trainer's __main__ was another program
             try:
-                if not ours and (by_value or module.split(".")[0] != "cloudpickle"):
+                if not module == __name__ == "__main__":  # the trainer's __main__ was another program
                     return super().find_class(module, name)
             except (ImportError, AttributeError):
-                pass
-            return type(name, (Missing,), {"symbol": f"{module}.{name}"})
+                if module.startswith("fastcore."):  # of a learner older than fastai 2.8: load_learner says what to do
+                    raise
+            return stand_in(f"{module}.{name}")
 
-    return SimpleNamespace(Unpickler=Unpickler, load=lambda file, **options: Unpickler(file, **options).load())
+    def load(file, **options):
+        return Unpickler(file, **options).load()
+
+    return types.SimpleNamespace(__name__="pickle", Unpickler=Unpickler, load=load)
 
 
 def require(thing, what: str) -> None:
@@ -229,7 +274,8 @@ def describe_network(model, hint: str | None, img_size: list[int] | None) -> dic
     last = next(layer for layer in reversed(rest) if type(layer).__name__ == "ConvLayer")
     n_in = next(p.shape[1] for p in encoder.parameters() if p.ndim == 4)
     arch, cut = find_arch(encoder, n_in, hint)
-    norm = {"BatchNorm2d": "Batch", "InstanceNorm2d": "Instance"}.get(type(first[1]).__name__)
+    norms = {"BatchNorm2d": "Batch", "InstanceNorm2d": "Instance"}
+    norm = next((norms[type(layer).__name__] for layer in first if type(layer).__name__ in norms), None)
     if hasattr(first[0], "weight_g"):
         norm = "Weight"
     elif hasattr(first[0], "weight_orig"):
@@ -244,14 +290,14 @@ def describe_network(model, hint: str | None, img_size: list[int] | None) -> dic
         "self_attention": any(type(block.conv2[-1]).__name__ == "SelfAttention" for block in blocks),
         "y_range": [float(sigmoid.low), float(sigmoid.high)] if sigmoid else None,
         "last_cross": "MergeLayer" in kinds,
-        "act_cls": describe_activation(first[-1]),
+        "act_cls": describe_activation(next(layer for layer in first if not list(layer.parameters()))),
         "norm_type": norm,
     }
     defaults = DynamicUnetDIY.__init__.__kwdefaults__
     network = {
         "arch": arch,
         "n_classes": next(last.parameters()).shape[0],
-        "img_size": img_size or list(DynamicUnetDIY.__init__.__defaults__[2]),
+        "img_size": list(img_size or DynamicUnetDIY.__init__.__defaults__[2]),
         "options": {name: value for name, value in options.items() if value != defaults[name]},
     }
     try:
@@ -561,11 +607,21 @@ def main() -> None:
     parser.add_argument("--trust", action="store_true", help="load a file that is another user's")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="to prove on (default: %(default)s)")
     parser.add_argument("--tolerance", type=float, default=0.0, help="greatest difference of logits, on cuda only")
+    parser.add_argument("--runtime", default="eager", choices=tuple(runtimes.PRECISIONS), help="default: %(default)s")
+    parser.add_argument("--precision", default="fp32", help="fp32; openvino: int8; compile on a GPU: fp16, bf16")
+    parser.add_argument("--calibrate", metavar="DIR", help="photos for int8, with CamVid's labels/ to measure accuracy")
+    parser.add_argument(
+        "--max-drop", type=float, default=0.5, help="points of accuracy that int8 may lose: %(default)s"
+    )
     args = parser.parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # fastai's own, about torch.jit
     print("Loading a learner runs the code that is pickled in it: load only files you trust.", file=sys.stderr)
     try:
         learner = load(args.learner, trust=args.trust, device=args.device)
-        out = export_learner(learner, args.out, check=args.check, tolerance=args.tolerance)
+        options = {
+            name: value for name, value in vars(args).items() if name not in ("learner", "out", "trust", "device")
+        }
+        out = export_learner(learner, args.out, **options)
     except (ExportError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

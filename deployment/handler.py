@@ -80,6 +80,7 @@ class Job:
     format: str = "json"
     size: str = "model"
     is_json: bool = False  # one answer per instance, under "predictions"
+    pixels: int = 0  # that may still be decoded
 
 
 # --- reading requests ---
@@ -323,21 +324,26 @@ def mask_at_photo_size(mask: np.ndarray, size: tuple[int, int], resize: dict) ->
     Each pixel takes the class of the nearest pixel of the mask. Where the model saw only the middle of the photo,
     the rest continues the mask's edge.
     """
-    width, height = box_w, box_h = w, h = size
+    box = resized = np.array(size[::-1])  # the part of the photo that was resized, and to what; height, width
     if resize.get("size"):
-        h, w = resize["size"]
+        resized = np.array(resize["size"])
         if (method := resize.get("method", "squish")) != "squish":
-            scale = (max if method == "pad" else min)(width / w, height / h)
-            box_w, box_h = max(int(scale * w), 1), max(int(scale * h), 1)
-    columns = (np.arange(width) + 0.5 - int(0.5 * (width - box_w))) * w / box_w
-    rows = (np.arange(height) + 0.5 - int(0.5 * (height - box_h))) * h / box_h
-    if resize.get("crop"):
-        crop_h, crop_w = resize["crop"]
-        columns, rows = columns - (w - crop_w) // 2, rows - (h - crop_h) // 2
-        h, w = crop_h, crop_w
-    columns = (columns * mask.shape[1] / w).astype(int).clip(0, mask.shape[1] - 1)
-    rows = (rows * mask.shape[0] / h).astype(int).clip(0, mask.shape[0] - 1)
+            scale = (max if method == "pad" else min)(box / resized)
+            box = np.maximum((scale * resized).astype(int), 1)
+    sides = zip(size[::-1], box, resized, resize.get("crop") or resized, mask.shape, strict=True)
+    rows, columns = (nearest(*side) for side in sides)
     return mask[rows][:, columns]
+
+
+def nearest(n: int, box: int, resized: int, crop: int, cells: int) -> np.ndarray:
+    """For each of the `n` pixels along one side of a photo, the index of the nearest of the mask's `cells`.
+
+    Of the `n`, the `box` in the middle were resized to `resized`, of which the `crop` in the middle make the cells.
+    """
+    step = resized / box
+    first = (0.5 - int(0.5 * (n - box))) * step - (resized - crop) // 2
+    positions = np.cumsum(np.r_[first, np.full(n - 1, step)] * (cells / crop))  # summed up: it rounds as Pillow does
+    return positions.astype(int).clip(0, cells - 1)
 
 
 def encode(image: Image.Image, format: str) -> bytes:
@@ -362,7 +368,10 @@ class UnetHandler:
         gpu = properties.get("gpu_id")
         self.device = torch.device(f"cuda:{gpu}" if torch.cuda.is_available() and gpu is not None else "cpu")
         self.config = config = context.model_yaml_config["handler"]
-        self.batch_size = properties.get("batch_size") or 1
+        # On a CPU a batch takes PyTorch as long as its photos one by one, and rounds a few logits differently: a mask
+        # could then depend on who else asks at the moment. OpenVINO rounds the same in any batch.
+        batch_size = properties.get("batch_size") or 1
+        self.photos_at_once = 1 if self.device.type == "cpu" and config["runtime"] != "openvino" else batch_size
         self.n_in = config["options"].get("n_in", 3)
         self.own_size = not config["resize"] and not any(options["size"] for options in config.get("affine") or ())
         # The network holds about 2 kB for each pixel that it sees; without a resize it sees all of the photo's.
@@ -371,10 +380,11 @@ class UnetHandler:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         if config["runtime"] == "eager":
             weights = f"{properties['model_dir']}/{context.manifest['model']['serializedFile']}"
-            self.model = load_model(config, weights).to(self.device)
+            network = load_model(config, weights).to(self.device)
+            self.model = lambda batch: decode(network(batch.to(self.device)), **config.get("decode", {})).cpu()
         else:
             runtime = importlib.import_module(".runtime" if __package__ else "runtime", __package__)
-            self.model = runtime.load(config, properties["model_dir"], self.device)
+            self.model = runtime.load(config, properties["model_dir"], self.device, batch_size)
         self.inference([Photo(x=torch.zeros(self.n_in, *config["img_size"]))])
 
     def preprocess(self, requests: list[dict], context) -> list[Job]:
@@ -383,25 +393,23 @@ class UnetHandler:
         for i, fields in enumerate(requests):
             try:
                 instances, format, size, is_json = read_request(fields, header(context, i, "accept"))
-                job = Job([], format, size, is_json)
-                pixels = self.max_pixels  # for all photos of a request together
+                job = Job([], format, size, is_json, self.max_pixels)
                 for instance in instances:
-                    photo = self.read_photo(instance, job, pixels)
-                    pixels -= self.cost(photo)
-                    job.photos.append(photo)
+                    job.photos.append(self.read_photo(instance, job))
             except Rejected as error:
                 job = Job([Photo(error=error)])
             jobs.append(job)
         return jobs
 
-    def read_photo(self, instance, job: Job, max_pixels: int) -> Photo:
+    def read_photo(self, instance, job: Job) -> Photo:
         """The photo in one instance as the tensor that the model takes; `error` is set where that fails."""
         c, photo = self.config, Photo()
         try:
             data = read_instance(instance)
             photo.size = photo_size(data)
-            if self.cost(photo) > max_pixels:
+            if self.cost(photo) > job.pixels:
                 raise too_large(f"the photos of one request have more than {self.max_pixels} pixels")
+            job.pixels -= self.cost(photo)
             if job.format == "overlay" and job.size == "original" and max(photo.size) > 65500:
                 raise bad_request("no JPEG can be as wide or high as this photo: ask for size=model or format=png")
             image = shown = open_image(data, self.n_in)
@@ -424,20 +432,19 @@ class UnetHandler:
         return max(photo.size[0] * photo.size[1], h * w)
 
     def inference(self, photos: list[Photo]) -> None:
-        """Set the mask of each photo. Photos of one shape go through the model together, `batch_size` at a time."""
+        """Set the mask of each photo. Those of one shape go through the model together, `photos_at_once` of them."""
         groups = {}
         for photo in photos:
             groups.setdefault(photo.x.shape, []).append(photo)
         for group in groups.values():
-            for i in range(0, len(group), self.batch_size):
-                self.forward(group[i : i + self.batch_size])
+            for i in range(0, len(group), self.photos_at_once):
+                self.forward(group[i : i + self.photos_at_once])
 
     @torch.inference_mode()
     def forward(self, photos: list[Photo]) -> None:
         """One forward pass; where memory runs out the batch is halved, and a photo that does not fit alone fails."""
         try:
-            logits = self.model(torch.stack([photo.x for photo in photos]).to(self.device))
-            masks = decode(logits, **self.config.get("decode", {})).cpu().numpy()
+            masks = self.model(torch.stack([photo.x for photo in photos])).numpy()
             for photo, mask in zip(photos, masks, strict=True):
                 photo.mask = mask
             return

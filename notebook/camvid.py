@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from fastai.vision.all import (
     DataBlock,
-    Flip,
+    FlipItem,
     ImageBlock,
     IndexSplitter,
     MaskBlock,
@@ -240,8 +240,7 @@ def dataloaders(path: Path, bs: int = 8, size: tuple[int, int] = SIZE) -> Segmen
         blocks=(ImageBlock, MaskBlock(codes=np.array(read_codes(path)))),
         splitter=IndexSplitter(range(len(train), len(train) + len(valid))),
         get_y=mask_of,
-        item_tfms=Resize(size, method="squish"),
-        batch_tfms=Flip(),  # a street seen in a mirror is a street
+        item_tfms=[Resize(size, method="squish"), FlipItem()],  # a street seen in a mirror is a street
     )
     return SegmentationDataLoaders.from_dblock(block, train + valid, path=path, bs=bs, num_workers=0)
 

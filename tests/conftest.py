@@ -1,19 +1,23 @@
 """Shared fixtures: a small learner, its model store with a real archive, one TorchServe for the whole session."""
 
+import functools
 import io
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
 from deployment.export import export_learner
-from deployment.serve import torchserve
+from deployment.serve import free_ports, torchserve, workers_and_threads
 
 ROOT = Path(__file__).parents[1]
 CODES = ["Sky", "Building", "Pole", "Road", "Sidewalk", "Tree", "SignSymbol", "Fence", "Car", "Pedestrian"]
@@ -100,13 +104,40 @@ def archive(store: Path) -> None:
         "config-file": store / "model-config.yaml",
         "export-path": store,
     }
-    subprocess.run([archiver, "--force", *(f"--{k}={v}" for k, v in arguments.items())], check=True, cwd=ROOT)
+    command = [archiver, "--force", *(f"--{name}={value}" for name, value in arguments.items())]
+    with tempfile.TemporaryDirectory() as scratch:  # the archiver works in $TMPDIR/fastunet, whoever else does
+        subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"TMPDIR": scratch})
 
 
 @pytest.fixture(scope="session")
-def server(model_store) -> Iterator[str]:
+def next_version(model_store, tmp_path_factory) -> Path:
+    """The store of a second version of the model, which gives every pixel the class after the first version's."""
+    store = tmp_path_factory.mktemp("next_version")
+    shutil.copy(model_store / "model-config.yaml", store)
+    weights = torch.load(model_store / "fastunet.pth", weights_only=True)
+    for name in list(weights)[-2:]:  # the last layer's weight and bias: a row per class
+        weights[name] = weights[name].roll(1, dims=0)
+    torch.save(weights, store / "fastunet.pth")
+    archive(store)
+    return store
+
+
+@pytest.fixture(scope="session")
+def ports() -> dict[str, int]:
+    """The ports of `server`: `port`, `management_port`, `metrics_port`."""
+    return dict(zip(("port", "management_port", "metrics_port"), free_ports(3), strict=True))
+
+
+@pytest.fixture(scope="session")
+def server_folder(tmp_path_factory) -> Path:
+    """The working directory of `server`, with its log, torchserve.log."""
+    return tmp_path_factory.mktemp("server")
+
+
+@pytest.fixture(scope="session")
+def server(model_store, ports, server_folder) -> Iterator[str]:
     """The URL of a TorchServe that serves `model_store`; every test of the session shares it."""
-    with torchserve(model_store) as url:
+    with torchserve(model_store, folder=server_folder, **ports) as url:
         yield url
 
 
@@ -116,12 +147,28 @@ def photo() -> bytes:
     return encoded(draw_photo(100))
 
 
+@pytest.fixture
+def client(server) -> Iterator[httpx.Client]:
+    """An HTTP client of `server`."""
+    with httpx.Client(base_url=server, timeout=60) as client:
+        yield client
+
+
 @pytest.fixture(scope="session")
 def predict(learner):
-    """A function from a photo's bytes to the class mask (uint8, height × width) that `learn.predict` gives."""
+    """A function from a photo's bytes to the class mask (uint8, height × width) that `learn.predict` gives.
 
+    It computes with as many threads as a worker of `server`: their number decides how torch rounds.
+    """
+
+    @functools.cache
     def mask_of(data: bytes) -> np.ndarray:
-        with learner.no_bar(), learner.no_logging():
-            return learner.predict(data)[0].numpy().astype(np.uint8)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(workers_and_threads()[1])
+        try:
+            with learner.no_bar(), learner.no_logging():
+                return learner.predict(data)[0].numpy().astype(np.uint8)
+        finally:
+            torch.set_num_threads(threads)
 
     return mask_of

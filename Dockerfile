@@ -1,0 +1,51 @@
+# The serving image: TorchServe and what the handler imports. No fastai, no notebooks, no compiler.
+#
+#   docker build -t fastunet .                                   PyTorch as PyPI has it: CUDA 13, NVIDIA driver 580 or newer
+#   docker build -t fastunet --build-arg TORCH_BACKEND=cpu .     no GPU, and gigabytes smaller
+#   docker build -t fastunet --build-arg TORCH_BACKEND=cu126 .   CUDA 12: NVIDIA driver 525.60 or newer
+#
+# TORCH_BACKEND is any value of `uv pip install --torch-backend` for which PyTorch publishes the pinned version.
+# Behind a proxy or with a package index of your own, hand the build your settings as secrets, which stay out of the
+# image: `--secret id=pip,src=pip.conf --secret id=uv,src=uv.toml --secret id=ca,src=ca-certificates.crt`.
+
+# Debian's own Python and Java: both get security fixes for as long as Debian 12 does; a rebuild takes them in.
+ARG BASE=debian:bookworm-slim
+
+FROM ${BASE} AS build
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends ca-certificates python3-venv \
+    && apt-get clean && rm -rf /var/lib/apt/lists/*
+ARG TORCH_BACKEND=
+ENV UV_SYSTEM_CERTS=true UV_COMPILE_BYTECODE=true UV_LINK_MODE=copy
+COPY deployment/requirements.txt constraints.txt ./
+# Of the CUDA packages each build of PyTorch pins its own versions. Triton goes again: it is a compiler of 1 GB that calls
+# a C compiler in its turn, and the image has none. Runtimes `eager` and `openvino` need neither; `compile` needs both.
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    --mount=type=secret,id=uv,target=/etc/uv/uv.toml \
+    --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
+    --mount=type=cache,target=/root/.cache/uv \
+    python3 -m venv /opt/uv \
+    && /opt/uv/bin/pip install --no-cache-dir --disable-pip-version-check uv==0.13.9 \
+    && /opt/uv/bin/uv venv --python /usr/bin/python3 /opt/venv \
+    && grep -vE '^(cuda|nvidia|triton)' constraints.txt > pins.txt \
+    && /opt/uv/bin/uv pip install --python /opt/venv --requirements requirements.txt --constraints pins.txt \
+       ${TORCH_BACKEND:+--torch-backend=${TORCH_BACKEND}} \
+    && /opt/uv/bin/uv pip uninstall --python /opt/venv triton
+
+FROM ${BASE}
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends ca-certificates openjdk-17-jre-headless python3 \
+    && apt-get clean && rm -rf /var/lib/apt/lists/* \
+    && useradd --uid 1000 --create-home serve
+COPY --from=build /opt/venv /opt/venv
+WORKDIR /app
+COPY deployment deployment
+# The archive, where there is one; without it the container takes the one that AIP_STORAGE_URI names.
+COPY model_store model_store
+USER serve
+# AIP_HTTP_PORT is AI Platform's name for the port of health checks and predictions; it overrides this default.
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 AIP_HTTP_PORT=8080
+EXPOSE 8080
+# Whether a worker can answer; TorchServe's /ping says 200 some seconds before that.
+HEALTHCHECK --interval=15s --timeout=10s --start-period=3m CMD ["python", "-m", "deployment.serve", "--check"]
+ENTRYPOINT ["python", "-m", "deployment.serve"]

@@ -1,0 +1,133 @@
+"""Closed-loop load: each client sends its next request when it has the answer to the one before.
+
+One thread and one kept-alive connection per client, from Python's own library: at the rates that a U-Net allows this
+costs the machine about half a percent of a core per hundred requests (`python -m benchmark.load` measures it).
+"""
+
+import http.client
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+
+def run(
+    url: str,
+    photos: list[bytes],
+    clients: int,
+    seconds: float,
+    check: Callable[[int, bytes], bool],
+    *,
+    warm_up: float = 1.0,
+    rounds: int = 2,
+) -> dict:
+    """Load on `url` by `clients` clients that post `photos` in turn: what `summary` makes of the answers.
+
+    Measures for `seconds` after `warm_up`, or longer until every client has had `rounds` answers on average (a slow
+    server with many clients), but at most ten times as long. Each photo begins at another place with each client.
+    `check(i, body)` says whether `body` answers photo `i`; equal bodies are checked once.
+    """
+    done: list[tuple[float, float, int, int, bytes]] = []  # end, duration, photo, status, body
+    stop = threading.Event()
+    barrier = threading.Barrier(clients + 1)
+    threads = [
+        threading.Thread(
+            target=client, args=(url, photos, n * len(photos) // clients, done, stop, barrier), daemon=True
+        )
+        for n in range(clients)
+    ]
+    for thread in threads:
+        thread.start()
+    barrier.wait()
+    time.sleep(warm_up)
+    start, before = time.perf_counter(), len(done)
+    while True:
+        time.sleep(0.05)
+        elapsed = time.perf_counter() - start
+        if elapsed >= seconds and (len(done) - before >= rounds * clients or elapsed >= 10 * seconds):
+            break
+    end = time.perf_counter()
+    stop.set()
+    for thread in threads:
+        thread.join()
+    return summary([d for d in done if start <= d[0] < end], end - start, check)
+
+
+def client(url, photos, first, done, stop, barrier) -> None:
+    """One client: posts until `stop`, and writes every answer down in `done`. Status 0 is a broken connection."""
+    address = urlsplit(url)
+    connection = http.client.HTTPConnection(address.hostname, address.port, timeout=120)
+    headers = {"Content-Type": "application/octet-stream"}  # TorchServe parses curl's default type as a form
+    barrier.wait()
+    i = first
+    while not stop.is_set():
+        begin = time.perf_counter()
+        try:
+            connection.request("POST", address.path, photos[i % len(photos)], headers)
+            response = connection.getresponse()
+            status, body = response.status, response.read()
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
+            status, body = 0, repr(error).encode()
+            time.sleep(0.05)
+        end = time.perf_counter()
+        done.append((end, end - begin, i % len(photos), status, body))
+        i += 1
+    connection.close()
+
+
+def summary(answers: list[tuple], seconds: float, check: Callable[[int, bytes], bool]) -> dict:
+    """Good answers per second, percentiles of their latency in ms, and how many were errors or wrong masks."""
+    verdicts: dict[tuple[int, bytes], bool] = {}
+    good, errors, wrong = [], 0, 0
+    for _, duration, photo, status, body in answers:
+        if status != 200:
+            errors += 1
+            continue
+        if (photo, body) not in verdicts:
+            verdicts[photo, body] = check(photo, body)
+        wrong += not verdicts[photo, body]
+        good.append(1000 * duration)
+    # statistics.quantiles needs two values; a lone answer is all its percentiles
+    q = statistics.quantiles(good, n=100, method="inclusive") if len(good) > 1 else (good or [float("nan")]) * 99
+    return {
+        "rps": round(len(good) / seconds, 3),
+        "p50_ms": round(q[49], 2),
+        "p95_ms": round(q[94], 2),
+        "p99_ms": round(q[98], 2),
+        "errors": errors,
+        "wrong_masks": wrong,
+    }
+
+
+class Echo(BaseHTTPRequestHandler):
+    """Answers every POST at once: what is left to measure is the generator."""
+
+    protocol_version = "HTTP/1.1"
+    body = b"x" * 17000  # about the size of an answer for 96 × 128
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(self.body) + self.body)
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+def main() -> None:
+    """Print the rate at which the generator, and this trivial server in the same process, reach their own limit."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Echo)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/"
+    for clients in (1, 8, 32):
+        cpu = time.process_time()
+        result = run(url, [bytes(40000)] * 8, clients, 3, lambda i, body: body == Echo.body)
+        cost = (time.process_time() - cpu) / (4 * result["rps"])
+        print(f"{clients} clients: {result['rps']:.0f} answers/s, {1e3 * cost:.2f} ms of CPU each, server included")
+    server.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Ray Serve: one replica, batches by Ray Serve."""
+
+import os
+import signal
+import sys
+import threading
+
+import ray
+from ray import serve
+from starlette.requests import Request
+from starlette.responses import Response
+
+from benchmark import peers
+
+
+@serve.deployment(num_replicas=1, max_ongoing_requests=64)
+class Segment:
+    def __init__(self, model_dir: str) -> None:
+        self.handler = peers.load(model_dir)
+
+    @serve.batch(max_batch_size=peers.BATCH_SIZE, batch_wait_timeout_s=peers.DELAY)
+    async def segment(self, bodies: list[bytes]) -> list[bytes]:
+        photos = [peers.read(self.handler, body) for body in bodies]
+        self.handler.inference(photos)
+        return [peers.answer(self.handler, photo) for photo in photos]
+
+    async def __call__(self, request: Request) -> Response:
+        return Response(await self.segment(await request.body()), media_type="application/json")
+
+
+if __name__ == "__main__":
+    model_dir, port = sys.argv[1:]
+    stopped = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+    ray.init(_node_ip_address="127.0.0.1", include_dashboard=False, log_to_driver=False)
+    serve.start(http_options={"host": "127.0.0.1", "port": int(port)})
+    environment = {
+        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": os.environ["OMP_NUM_THREADS"]}}
+    }  # Ray sets it to 1 otherwise
+    serve.run(Segment.options(ray_actor_options=environment).bind(model_dir), route_prefix="/predict")
+    stopped.wait()
+    serve.shutdown()
+    ray.shutdown()

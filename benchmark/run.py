@@ -1,0 +1,272 @@
+"""Serve the same weights and photos with every contender in turn and measure: `python -m benchmark.run`.
+
+Writes `benchmark/results.json` (`{contender: {clients: {rps, p50_ms, p95_ms, p99_ms, errors, wrong_masks, …}}}`), which
+keeps the figures of contenders that are not measured this time, and `benchmark/results.png`; prints one table.
+"""
+
+import argparse
+import base64
+import contextlib
+import io
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+import yaml
+from tqdm import tqdm
+
+from benchmark import contenders, load
+from benchmark.contenders import ALL, FASTEST, HERE, PEERS, ROOT
+from deployment import handler, runtime
+from deployment.serve import cores
+
+RESULTS = HERE / "results.json"
+BUILD = HERE / "build"  # model stores of the contenders, kept between runs
+SAME = {"baseline": 1.0, "eager": 1.0, "fastai": 1.0}  # share of pixels that must agree; others: runtime.SAME
+
+
+def photos(folder: Path | None, count: int = 16) -> list[bytes]:
+    """The JPEG photos in `folder`, or street scenes drawn for the purpose, 480 × 360.
+
+    Raises:
+        FileNotFoundError: `folder` holds none.
+    """
+    if folder:
+        found = [path.read_bytes() for path in sorted(folder.glob("*.jp*g"))]
+        if not found:
+            raise FileNotFoundError(f"no JPEG photos in {folder}")
+        return found[:count]
+    return [encode(draw(seed, (360, 480))) for seed in range(count)]
+
+
+def draw(seed: int, size: tuple[int, int]):
+    """A street scene of `size` (height, width) that no learner was trained on."""
+    sys.path.append(str(ROOT / "notebook"))
+    from scenes import draw_scene
+
+    return draw_scene(1_000_000 + seed, size)[0]
+
+
+def encode(image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def calibration(folder: Path, img_size: tuple[int, int]) -> Path:
+    """A folder of drawn scenes to calibrate int8 with, for when none is named."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed in range(100):
+        path = folder / f"{seed}.png"
+        if not path.is_file():
+            draw(1000 + seed, img_size).save(path)
+    return folder
+
+
+def references(model_store: Path, names: list[str], images: list[bytes]) -> dict[str, list[np.ndarray]]:
+    """The right mask of each photo: of fastai (here the copy that export proved equal), and of int8 in process."""
+    config = yaml.safe_load((model_store / "model-config.yaml").read_text())["handler"]
+    tensors = []
+    for image in images:
+        photo = handler.open_image(image, runtime.n_in(config))
+        photo = handler.resize(photo, **config["resize"]) if config["resize"] else photo
+        tensors.append(handler.to_tensor(photo, config["mean"], config["std"], config.get("affine"))[None])
+    network = runtime.Segmenter(config, model_store / "fastunet.pth")
+    with torch.inference_mode():
+        masks = {"fastai": [network(x)[0].numpy() for x in tensors]}
+    if {FASTEST, *PEERS} & {*names} - {"fastai"}:
+        predict = runtime.openvino_model(BUILD / FASTEST / "fastunet.xml")
+        masks[FASTEST] = [predict(x)[0].numpy() for x in tensors]
+    return masks
+
+
+class Check:
+    """Whether an answer holds the mask that it should, and how far the masks agree with fastai's."""
+
+    def __init__(self, name: str, masks: dict[str, list[np.ndarray]]):
+        int8 = name == FASTEST or name in PEERS and name != "fastai"
+        self.expected, self.fastai = masks[FASTEST if int8 else "fastai"], masks["fastai"]
+        self.at_least = SAME.get(name, runtime.SAME)
+        self.agreement: dict[int, float] = {}
+
+    def __call__(self, photo: int, body: bytes) -> bool:
+        try:
+            mask = np.frombuffer(base64.b64decode(json.loads(body)["base64_prediction"]), np.uint8)
+        except (ValueError, KeyError, TypeError):
+            return False
+        if mask.size != self.expected[photo].size:
+            return False
+        self.agreement[photo] = float((mask == self.fastai[photo].ravel()).mean())
+        return float((mask == self.expected[photo].ravel()).mean()) >= self.at_least
+
+
+def processes() -> dict[int, tuple[float, int]]:
+    """Processor seconds and resident bytes of each process below this one: the server's."""
+    seen = {}
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            seen[process.pid] = times.user + times.system, process.memory_info().rss
+    return seen
+
+
+def measure(name: str, clients: list[int], images: list[bytes], check: Check, seconds: float) -> dict[str, dict]:
+    """One start of one contender: what every number of clients got."""
+    rows = {}
+    begin = time.perf_counter()
+    with contenders.contender(name, BUILD) as url:
+        body = contenders.first_answer(url, images[0])
+        start_up = time.perf_counter() - begin
+        if not check(0, body):
+            raise RuntimeError(f"{name} answers with a wrong mask; the answer begins with {body[:200]!r}")
+        for n in clients:
+            before, begin = processes(), time.perf_counter()
+            row = load.run(url, images, n, seconds, check)
+            after, elapsed = processes(), time.perf_counter() - begin
+            used = sum(cpu - before.get(pid, (0, 0))[0] for pid, (cpu, _) in after.items())
+            row["cpu_cores"] = round(used / elapsed, 3)
+            row["memory_mb"] = round(sum(rss for _, rss in after.values()) / 2**20)
+            row["start_up_s"] = round(start_up, 2)
+            row["agreement"] = round(statistics.mean(check.agreement.values()), 6)
+            rows[str(n)] = row
+    return rows
+
+
+def median(rows: list[dict]) -> dict:
+    """The median of each figure; errors and wrong masks are added up."""
+    both = {key: [row[key] for row in rows] for key in rows[0]}
+    return {
+        key: sum(values) if key in ("errors", "wrong_masks") else round(statistics.median(values), 4)
+        for key, values in both.items()
+    } | {"runs": len(rows), "rps_spread": round(max(both["rps"]) - min(both["rps"]), 3)}
+
+
+def save(results: dict) -> None:
+    part = RESULTS.with_suffix(".part")
+    part.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(part, RESULTS)
+
+
+def table(results: dict) -> str:
+    """The figures as a Markdown table, in requests per second and milliseconds, and as ratios."""
+    base = {n: row["rps"] for n, row in results.get("baseline", {}).items()}
+    limit = results.get("limit", {})
+    lines = [
+        "| contender | clients | requests/s | × baseline | of the limit | p50 ms | p95 ms | p99 ms | CPU cores "
+        "| memory MB | start-up s | errors | wrong masks | pixels as fastai |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name in sorted(results, key=ALL.index):
+        for n, row in sorted(results[name].items(), key=lambda item: int(item[0])):
+            ratio = f"{row['rps'] / base[n]:.1f}" if base.get(n) else ""
+            share = f"{row['rps'] / limit['8']['rps']:.0%}" if "8" in limit and n != "1" else ""
+            if n == "1" and "1" in limit:
+                share = f"{row['rps'] / limit['1']['rps']:.0%}"
+            cells = [f"{row['rps']:.1f}", ratio, share, *(f"{row[f'p{q}_ms']:.0f}" for q in (50, 95, 99))]
+            if name == "limit":
+                cells += ["", "", "", "", "", ""]
+            else:
+                cells += [f"{row['cpu_cores']:.2f}", f"{row['memory_mb']:.0f}", f"{row['start_up_s']:.1f}"]
+                cells += [str(row["errors"]), str(row["wrong_masks"]), f"{row['agreement']:.4%}"]
+            lines.append(f"| {name} | {n} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(results: dict, path: Path) -> None:
+    """Requests per second and median latency of each contender over the number of clients."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    served = [name for name in sorted(results, key=ALL.index) if name != "limit"]
+    for i, name in enumerate(served):
+        rows = sorted((int(n), row) for n, row in results[name].items())
+        ours = name in contenders.OURS
+        style = dict(marker="o", color=f"C{i % 10}", linestyle="-" if ours else "--", linewidth=2.5 if ours else 1.2)
+        left.plot([n for n, _ in rows], [row["rps"] for _, row in rows], label=name, **style)
+        right.plot([n for n, _ in rows], [row["p50_ms"] for _, row in rows], label=name, **style)
+    if "limit" in results:
+        left.axhline(results["limit"]["8"]["rps"], color="black", linewidth=1, label="limit (in process)")
+        right.axhline(results["limit"]["1"]["p50_ms"], color="black", linewidth=1, label="limit (in process)")
+    for axes, title in ((left, "requests per second"), (right, "median latency, ms")):
+        axes.set(title=title, xlabel="clients", xscale="log", yscale="log")
+        ticks = sorted({int(n) for name in served for n in results[name]})
+        axes.set_xticks(ticks, [str(n) for n in ticks])
+        axes.grid(alpha=0.3)
+    left.legend(fontsize="small")
+    part = path.with_suffix(".part.png")
+    figure.savefig(part, dpi=110)
+    plt.close(figure)
+    os.replace(part, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmark.run", description=__doc__.splitlines()[0])
+    parser.add_argument("--contenders", default=",".join(ALL), help="default: %(default)s")
+    parser.add_argument("--clients", default="1,4,8,32", help="default: %(default)s")
+    parser.add_argument("--photos", type=Path, help="folder of JPEG photos to send (default: drawn scenes, 480 x 360)")
+    parser.add_argument("--calibrate", type=Path, help="photos to calibrate int8 with (default: drawn scenes)")
+    parser.add_argument("--model-store", type=Path, default=ROOT / "model_store", help="what `make demo` wrote")
+    parser.add_argument("--repeat", type=int, default=3, help="starts of each contender (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=4, help="of each measurement (default: %(default)s)")
+    args = parser.parse_args()
+    names, clients = args.contenders.split(","), [int(n) for n in args.clients.split(",")]
+    unknown = [name for name in names if name not in ALL]
+    if unknown:
+        parser.error(f"no contender {', '.join(unknown)}: there are {', '.join(ALL)}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that servers are stopped on the way out
+    try:
+        bench(names, clients, args)
+    except (OSError, RuntimeError, runtime.ConversionError, runtime.RuntimeUnavailable) as error:
+        sys.exit(f"error: {error}")
+
+
+def bench(names: list[str], clients: list[int], args) -> None:
+    """Prepare, measure every contender in turn and again, and write what was found so far after each."""
+    if {*PEERS} & {*names}:
+        contenders.install_peers()
+    images = photos(args.photos)
+    settings = args.model_store / "model-config.yaml"
+    size = yaml.safe_load(settings.read_text())["handler"]["img_size"] if settings.is_file() else (96, 128)
+    contenders.prepare(names, args.model_store, BUILD, args.calibrate or calibration(BUILD / "scenes", size))
+    masks = references(args.model_store, names, images)
+    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    runs = defaultdict(lambda: defaultdict(list))
+    for _, name in (progress := tqdm([(i, name) for i in range(args.repeat) for name in names], unit="run")):
+        progress.set_postfix_str(name)
+        if name == "limit":
+            command = [sys.executable, "-m", "benchmark.limit", BUILD / FASTEST, str(args.seconds)]
+            rows = json.loads(subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True).stdout)
+        else:
+            rows = measure(name, clients, images, Check(name, masks), args.seconds)
+        for n, row in rows.items():
+            runs[name][n].append(row)
+            results.setdefault(name, {})[n] = median(runs[name][n])
+        save(results)
+    shown = {name: results[name] for name in ALL if name in results}
+    plot(shown, RESULTS.with_suffix(".png"))
+    print(f"{cores()} cores, {cpu_name()}; {args.repeat} starts each, {args.seconds:g} s per figure, medians")
+    print(table(shown))
+
+
+def cpu_name() -> str:
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(": ", 1)[1] for line in lines if line.startswith("model name"))
+    return platform.processor()
+
+
+if __name__ == "__main__":
+    main()

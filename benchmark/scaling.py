@@ -1,0 +1,123 @@
+"""How the cost of an answer grows with photo, model, classes and threads: `python -m benchmark.scaling`.
+
+Everything is measured in process, with the same functions that the handler calls. The README has the formula:
+
+    cost of an answer = read(photo pixels) + forward(architecture, model pixels, classes) / speed-up(threads) + server
+    requests/s of a replica = 1 / cost, and replicas = ceil(load / (0.7 × requests/s of a replica))
+"""
+
+import argparse
+import io
+import json
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from deployment import handler, runtime
+from deployment.model import DynamicUnetDIY
+from deployment.serve import cores
+
+
+def milliseconds(call: Callable[[], object], at_least: float = 0.5) -> float:
+    """The median time of `call` over as many calls as fit into `at_least` seconds, after one to warm up."""
+    call()
+    times, begin = [], time.perf_counter()
+    while time.perf_counter() - begin < at_least or len(times) < 3:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times)
+
+
+def photo(width: int, height: int) -> bytes:
+    """A JPEG of this size with the texture of a photo: about 2.5 bits for a pixel."""
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (height // 16 + 1, width // 16 + 1, 3), np.uint8))
+    pixels = np.array(coarse.resize((width, height), Image.Resampling.BICUBIC)) + rng.normal(0, 8, (height, width, 3))
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
+def reading(img_size: tuple[int, int] = (96, 128)) -> Iterator[dict]:
+    """Milliseconds to decode a JPEG, resize it and make a tensor of it, by its size."""
+    for width, height in ((480, 360), (960, 720), (1920, 1080), (4032, 3024)):
+        data = photo(width, height)
+        image = handler.open_image(data)
+        small = handler.resize(image, img_size)
+        yield {
+            "photo": f"{width}x{height}",
+            "kB": round(len(data) / 1000),
+            "decode_ms": milliseconds(lambda data=data: handler.open_image(data)),
+            "resize_ms": milliseconds(lambda image=image: handler.resize(image, img_size)),
+            "tensor_ms": milliseconds(lambda small=small: handler.to_tensor(small)),
+        }
+
+
+def forward(arch: str, n_classes: int, img_size: tuple[int, int], threads: int = 1) -> dict:
+    """Milliseconds of one photo through a model with random weights, on OpenVINO in float32, and its parameters."""
+    model = DynamicUnetDIY(arch, n_classes, img_size)
+    config = {"arch": arch, "n_classes": n_classes, "img_size": img_size, "options": {}, "resize": {"size": img_size}}
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder, "fastunet.pth")
+        torch.save(model.state_dict(), weights)
+        predict = runtime.openvino_model(runtime.to_openvino(runtime.Segmenter(config, weights), config), threads)
+    x = torch.rand(1, 3, *img_size)
+    return {
+        "arch": arch,
+        "classes": n_classes,
+        "size": f"{img_size[1]}x{img_size[0]}",
+        "threads": threads,
+        "parameters_M": sum(p.numel() for p in model.parameters()) / 1e6,
+        "forward_ms": milliseconds(lambda: predict(x), 1.0),
+    }
+
+
+def replicas(load: float, per_replica: float, headroom: float = 0.7) -> int:
+    """How many replicas answer `load` requests/s, when each does `per_replica` at best and is used up to `headroom`."""
+    return math.ceil(load / (headroom * per_replica))
+
+
+def show(title: str, rows: Iterator[dict]) -> list[dict]:
+    print(f"\n{title}")
+    kept = []
+    for row in rows:
+        if not kept:
+            print("| " + " | ".join(row) + " |\n|" + "--:|" * len(row))
+        kept.append(row)
+        print(
+            "| " + " | ".join(f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()) + " |", flush=True
+        )
+    return kept
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmark.scaling", description=__doc__.splitlines()[0])
+    parser.add_argument("--archs", default="resnet18,resnet34,resnet50", help="default: %(default)s")
+    args = parser.parse_args()
+    size = (96, 128)
+    sizes = ((96, 128), (192, 256), (360, 480))
+    show("photos", reading())
+    show("architectures", (forward(arch, 12, size) for arch in args.archs.split(",")))
+    show("sizes of the model", (forward("resnet34", 12, s) for s in sizes))
+    show("classes", (forward("resnet34", n, size) for n in (2, 12, 32, 150)))
+    show("threads", (forward("resnet34", 12, size, n) for n in range(1, cores() + 1)))
+    results = Path(__file__).with_name("results.json")
+    if results.is_file():
+        served = json.loads(results.read_text()).get("openvino-int8", {})
+        best = max((row["rps"] for row in served.values()), default=None)
+        if best:
+            loads = (10, 100, 1000)
+            print(f"\nA replica of this machine ({cores()} cores) answers {best:.0f} requests/s with openvino int8:")
+            print(", ".join(f"{load} requests/s need {replicas(load, best)} replicas" for load in loads))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""The Vertex AI client, through the unmodified SDK, against the stand-in and the real server behind it."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from google.api_core import exceptions
+from google.cloud import aiplatform, storage
+from google.oauth2.credentials import Credentials
+from PIL import Image
+
+from deployment import ai_platform
+from tests.conftest import CODES, draw_photo, encoded
+from tests.vertex_stand_in import vertex_ai
+
+IMAGE = "us-central1-docker.pkg.dev/local-project/fastunet/serve"
+
+
+@pytest.fixture(scope="module")
+def service(model_store, next_version, tmp_path_factory):
+    empty = tmp_path_factory.mktemp("empty")
+    with vertex_ai({f"{IMAGE}:1": model_store, f"{IMAGE}:2": next_version, f"{IMAGE}:empty": empty}) as service:
+        ai_platform.connect()
+        yield service
+        running = [container.process for container in service.containers.values()]
+    assert all(process.poll() is not None for process in running)
+
+
+@pytest.fixture(scope="module")
+def photos() -> list[bytes]:
+    return [encoded(draw_photo(seed)) for seed in (1, 2, 3)]
+
+
+@pytest.fixture(scope="module")
+def reference(predict):
+    """A function from a version and a photo to the mask that this version has to give."""
+    return lambda version, photo: (predict(photo) + (version == "2")) % len(CODES)
+
+
+def test_canary_from_upload_to_clean_up(service, photos, reference, tmp_path):
+    def served(version: str) -> bool:
+        masks = [ai_platform.mask(ai_platform.predict([photo])[0]) for photo in photos]
+        return np.array_equal(masks, [reference(version, photo) for photo in photos])
+
+    assert ai_platform.upload(f"{IMAGE}:1").version_id == "1"
+    endpoint = ai_platform.deploy(max_replicas=3, target=70, log_to="bq://local-project.logs.requests", log_rate=0.1)
+    assert served("1")
+
+    assert ai_platform.upload(f"{IMAGE}:2").version_id == "2"
+    assert ai_platform.deploy(accelerator="T4").resource_name == endpoint.resource_name
+    assert served("1")  # deployed without traffic
+    files = [tmp_path / f"{i}.png" for i in range(2)]
+    for file, photo in zip(files, photos, strict=False):
+        file.write_bytes(photo)
+    out = tmp_path / "masks"
+    ai_platform.main(["predict", *map(str, files), "--format=png", "--size=original", f"--out={out}"])
+    assert sorted(p.name for p in out.iterdir()) == ["0.png", "1.png"]
+    assert Image.open(out / "1.png").size == Image.open(files[1]).size
+    random.seed(0)  # the stand-in draws each request's version
+    ai_platform.traffic({"1": 50, "2": 50})
+    endpoint = aiplatform.Endpoint(endpoint.resource_name)
+    answers = [endpoint.predict(ai_platform.request_body(photos[:1])["instances"]) for _ in range(12)]
+    assert {a.model_version_id for a in answers} == {"1", "2"}
+    for a in answers:
+        assert np.array_equal(ai_platform.mask(a.predictions[0]), reference(a.model_version_id, photos[0]))
+
+    ai_platform.traffic({"1": 100})
+    assert served("1")
+    ai_platform.traffic({"2": 100}, undeploy=True)
+    assert served("2")
+    assert len(endpoint.list_models()) == len(service.containers) == 1
+    with pytest.raises(ValueError, match="version 1 is not deployed"):
+        ai_platform.traffic({"1": 100})
+    described = ai_platform.describe()
+    assert "version 2  100 % of traffic  n1-standard-4 + NVIDIA_TESLA_T4  1 to 1 replica(s)" in described
+    log = endpoint.gca_resource.predict_request_response_logging_config
+    assert log.enabled and log.sampling_rate == pytest.approx(0.1)
+
+    assert len(ai_platform.delete()) == 2
+    assert ai_platform.delete() == []
+    assert not service.containers and not service.endpoints and not service.models
+
+
+def test_large_photos_need_a_dedicated_endpoint(service, next_version, reference):
+    blob = storage.Client().bucket("local-bucket").blob("v2/fastunet.mar")
+    blob.upload_from_filename(next_version / "fastunet.mar")
+    ai_platform.upload(
+        f"{IMAGE}:empty", name="large", artifacts="gs://local-bucket/v2"
+    )  # fetched at the server's start
+    large = encoded(Image.fromarray(np.random.default_rng(1).integers(0, 256, (700, 800, 3), np.uint8)))
+    endpoint = aiplatform.Endpoint.create(display_name="large")
+    with pytest.raises(ValueError, match="2.24 MB, and this endpoint takes 1.5 MB"):
+        ai_platform.predict([large], name="large")
+    with pytest.raises(exceptions.InvalidArgument, match="payload size"):
+        endpoint.predict(ai_platform.request_body([large])["instances"])
+    with pytest.raises(ValueError, match="shared one already"):
+        ai_platform.deploy("large", dedicated=True)
+    endpoint.delete()
+
+    ai_platform.deploy("large", dedicated=True)
+    answer = ai_platform.predict([large], name="large")
+    assert np.array_equal(ai_platform.mask(answer[0]), reference("2", large))
+    ai_platform.delete("large")
+
+
+def test_batch_from_and_to_cloud_storage(service, photos, reference, tmp_path, monkeypatch):
+    monkeypatch.setattr(aiplatform.jobs, "_JOB_WAIT_TIME", 0.5)  # seconds between the SDK's looks at the job
+    ai_platform.upload(f"{IMAGE}:1", name="batch")
+    files = [tmp_path / f"{i}.png" for i in range(len(photos))]
+    for file, photo in zip(files, photos, strict=True):
+        file.write_bytes(photo)
+    folder = ai_platform.batch(files, "gs://local-bucket/out", name="batch", machine="n1-standard-2")
+    rows = list(ai_platform.batch_results(folder))
+    instances = ai_platform.request_body(photos)["instances"]
+    assert [row["instance"] for row in rows] == instances
+    for row, photo in zip(rows, photos, strict=True):
+        different = ai_platform.mask(row["prediction"]) != reference("1", photo)
+        assert different.mean() < 0.001  # the job sends its lines together, and a batch's logits differ in the last bit
+    with pytest.raises(RuntimeError, match="404"):
+        ai_platform.batch(["gs://local-bucket/none.jsonl"], "gs://local-bucket/out", name="batch")
+    assert len(ai_platform.delete("batch")) == 3
+
+
+def test_a_server_that_does_not_start_fails_the_deployment(service):
+    ai_platform.upload(f"{IMAGE}:empty", name="broken")
+    with pytest.raises(exceptions.FailedPrecondition, match="(?s)exited unexpectedly.*no archive"):
+        ai_platform.deploy("broken")
+    assert ai_platform.get_endpoint("broken").list_models() == []
+    ai_platform.delete("broken")
+
+
+def test_wrong_calls_get_the_services_own_errors(service):
+    model = ai_platform.upload(f"{IMAGE}:1", name="wrong")
+    endpoint = aiplatform.Endpoint.create(display_name="wrong")
+    client, instances = endpoint.api_client, [{"b64": ""}]
+
+    def deploy(**options):
+        model.deploy(endpoint, **{"machine_type": "n1-standard-2"} | options)
+
+    def upload(image=f"{IMAGE}:1", **options):
+        aiplatform.Model.upload(serving_container_image_uri=image, display_name="wrong", **options)
+
+    gpu = {"accelerator_type": "NVIDIA_L4", "accelerator_count": 1}
+    for error, call in [
+        (exceptions.InvalidArgument, lambda: upload("docker.io/me/fastunet")),
+        (exceptions.NotFound, lambda: upload(f"{IMAGE}:9")),
+        (exceptions.NotFound, lambda: upload(parent_model="none")),
+        (exceptions.AlreadyExists, lambda: upload(model_id="wrong")),
+        (exceptions.InvalidArgument, lambda: upload(serving_container_predict_route="predict")),
+        (exceptions.InvalidArgument, lambda: upload(serving_container_ports=[0])),
+        (exceptions.InvalidArgument, lambda: upload(version_aliases=["9"])),
+        (exceptions.NotFound, lambda: aiplatform.Model("wrong", version="7")),
+        (exceptions.InvalidArgument, lambda: deploy(**gpu)),  # an L4 sits in a g2 machine only
+        (exceptions.InvalidArgument, lambda: deploy(min_replica_count=0)),
+        (exceptions.InvalidArgument, lambda: deploy(autoscaling_target_cpu_utilization=200)),
+        (exceptions.InvalidArgument, lambda: deploy(traffic_split={"5": 100})),
+        (exceptions.InvalidArgument, lambda: client.deploy_model(
+            endpoint=endpoint.resource_name, deployed_model={"model": model.resource_name})),
+        (exceptions.InvalidArgument, lambda: endpoint.update(traffic_split={"5": 100})),
+        (exceptions.NotFound, lambda: endpoint.undeploy("5")),
+        (exceptions.FailedPrecondition, lambda: endpoint.predict(instances)),  # nothing deployed
+        (exceptions.NotFound, lambda: aiplatform.Endpoint("1").predict(instances)),
+        (exceptions.InvalidArgument, lambda: aiplatform.Endpoint.create(
+            display_name="x", enable_request_response_logging=True, request_response_logging_sampling_rate=2)),
+        (exceptions.FailedPrecondition, lambda: model.versioning_registry.delete_version("1")),
+        (exceptions.PermissionDenied, lambda: aiplatform.Endpoint.create(display_name="x", project="other")),
+        (exceptions.Unauthenticated, lambda: aiplatform.Endpoint.list(credentials=Credentials("stolen"))),
+    ]:  # fmt: skip
+        with pytest.raises(error):
+            call()
+    assert len(ai_platform.delete("wrong")) == 2
+
+
+def test_commands_say_what_to_do(service, tmp_path, monkeypatch, capsys):
+    def said(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as exit:
+            ai_platform.main(arguments)
+        return str(exit.value)
+
+    assert f"substitutions=_IMAGE={IMAGE}:9" in said("upload", f"{IMAGE}:9")
+    assert "ai_platform upload" in said("deploy")
+    assert "ai_platform deploy" in said("predict", __file__)
+    assert "No such file" in said("predict", "none.png")
+    ai_platform.main(["list"])
+    assert capsys.readouterr().out.endswith("\nnothing is named fastunet\n")
+    ai_platform.main(["upload", f"{IMAGE}:1"])
+    assert capsys.readouterr().out.endswith("models/fastunet version 1\n")
+    ai_platform.main(["delete"])
+    ai_platform.main(["delete"])
+    assert capsys.readouterr().out.endswith("nothing was left of fastunet\n")
+
+    key = json.loads(Path(service.folder / "key.json").read_text())
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key.json"))
+    (tmp_path / "key.json").write_text(json.dumps(key | {"project_id": None}))
+    monkeypatch.delenv("GOOGLE_CLOUD_PROJECT")
+    assert "gcloud config set project" in said("list")
+    monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS")
+    monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))  # where gcloud would keep credentials
+    monkeypatch.setenv("NO_GCE_CHECK", "true")
+    assert "gcloud auth application-default login" in said("list")
+
+
+def test_quota_and_permission_advice():
+    assert "quotas preferences create" in ai_platform.remedy(exceptions.ResourceExhausted("quota"), "mine")
+    disabled = exceptions.PermissionDenied("Vertex AI API has not been used in project 1 before or it is disabled.")
+    assert ai_platform.remedy(disabled, "mine") == "gcloud services enable aiplatform.googleapis.com --project=mine"
+    assert "roles/aiplatform.user" in ai_platform.remedy(exceptions.PermissionDenied("no"), "mine")

@@ -1,0 +1,210 @@
+"""The benchmark's own parts: the load generator against a server that is known, the checks, the form of the results."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from benchmark import contenders, gpu, limit, load, run, scaling
+from deployment import runtime
+from deployment.serve import free_ports
+
+KEYS = {"rps", "p50_ms", "p95_ms", "p99_ms", "errors", "wrong_masks"}
+
+
+@pytest.fixture
+def server():
+    """A server that answers after 20 ms with what was posted; `fail` and `garble` are called with each body."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        connections = set()
+        fail = garble = staticmethod(lambda body: False)
+
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            Handler.connections.add(self.client_address)
+            time.sleep(0.02)
+            self.send_response(503 if Handler.fail(body) else 200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[::-1] if Handler.garble(body) else body)
+
+        def log_message(self, *args):
+            pass
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    httpd.handler, httpd.url = Handler, f"http://127.0.0.1:{httpd.server_port}/predict"
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield httpd
+    httpd.shutdown()
+
+
+PHOTOS = [b"photo 0", b"photo 1", b"photo 2"]
+
+
+def same(i: int, body: bytes) -> bool:
+    return body == PHOTOS[i]
+
+
+def test_clients_wait_for_their_answer_on_one_connection_each(server):
+    result = load.run(server.url, PHOTOS, 4, 1.0, same, warm_up=0.2)
+    assert set(result) == KEYS and result["errors"] == result["wrong_masks"] == 0
+    assert 20 <= result["p50_ms"] <= result["p95_ms"] <= result["p99_ms"]
+    # closed loop: four clients that each wait for an answer of p50 cannot do more than this
+    assert 0.4 * 4 / result["p50_ms"] * 1000 < result["rps"] < 1.2 * 4 / 0.020
+    assert len(server.handler.connections) == 4
+
+
+def test_errors_and_wrong_masks_are_counted(server):
+    server.handler.fail = staticmethod(lambda body: body == PHOTOS[1])
+    server.handler.garble = staticmethod(lambda body: body == PHOTOS[2])
+    result = load.run(server.url, PHOTOS, 3, 0.6, same, warm_up=0)
+    good = result["rps"] * 0.6
+    assert result["errors"] == pytest.approx(good / 2, abs=5) and result["errors"] > 0
+    assert result["wrong_masks"] == pytest.approx(good / 2, abs=5) and result["wrong_masks"] > 0
+
+
+def test_a_server_that_is_gone_gives_errors_not_an_exception():
+    result = load.run(f"http://127.0.0.1:{free_ports(1)[0]}/", PHOTOS, 2, 0.3, same, warm_up=0)
+    assert result["rps"] == 0 and result["errors"] > 0
+
+
+def test_slow_answers_are_waited_for(server):
+    server.handler.garble = staticmethod(lambda body: time.sleep(0.4))
+    result = load.run(server.url, PHOTOS, 2, 0.1, same, warm_up=0, rounds=1)
+    assert result["rps"] > 0 and result["p50_ms"] >= 400
+
+
+def test_the_generator_is_no_bottleneck():
+    """A U-Net on two cores answers well under 100 requests/s; the generator does many times that."""
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), load.Echo)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    result = load.run(f"http://127.0.0.1:{httpd.server_port}/", [bytes(40000)], 8, 1, lambda i, body: True, warm_up=0.2)
+    httpd.shutdown()
+    assert result["rps"] > 500
+
+
+def answer(mask: np.ndarray) -> bytes:
+    return json.dumps({"base64_prediction": base64.b64encode(mask.tobytes()).decode()}).encode()
+
+
+def test_every_pixel_is_checked_against_the_runtimes_own_mask():
+    fastai = np.zeros((100, 200), np.uint8)
+    int8 = fastai.copy()
+    int8[:2] = 1
+    masks = {"fastai": [fastai], run.FASTEST: [int8]}
+    near = fastai.copy()
+    near[0, 0] = 1
+    assert run.Check("eager", masks)(0, answer(fastai)) and not run.Check("eager", masks)(0, answer(near))
+    assert run.Check("openvino-fp32", masks)(0, answer(near)) and not run.Check("openvino-fp32", masks)(0, answer(int8))
+    check = run.Check("ray", masks)
+    assert check(0, answer(int8)) and not check(0, answer(fastai))
+    check(0, answer(int8))
+    assert check.agreement[0] == pytest.approx(0.98)
+    for broken in (b"", b"{}", b'{"base64_prediction": "AAA="}', b"[1]"):
+        assert not check(0, broken)
+
+
+def test_results_have_the_promised_form(tmp_path, monkeypatch, server):
+    rows = [load.run(server.url, PHOTOS, 2, 0.2, same, warm_up=0) for _ in range(3)]
+    extra = {"cpu_cores": 1.5, "memory_mb": 700, "start_up_s": 3.2, "agreement": 1.0}
+    served = run.median([row | extra for row in rows])
+    alone = run.median([{**rows[0], "streams": 2, "batch": 1}])
+    results = dict.fromkeys(("baseline", "eager"), {"1": served, "8": served}) | {"limit": {"1": alone, "8": alone}}
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "results.json")
+    run.save(results)
+    read = json.loads((tmp_path / "results.json").read_text())
+    assert read == results and [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    for row in (row for clients in read.values() for row in clients.values()):
+        assert set(row) >= KEYS and row["errors"] == 0 and row["rps"] > 0
+    text = run.table(results)
+    assert text.count("\n") == 1 + 6 and "| eager | 8 |" in text
+    run.plot(results, tmp_path / "results.png")
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_medians_add_up_errors():
+    rows = [dict.fromkeys(KEYS, 0) | {"rps": rps, "errors": 1} for rps in (10, 30, 20)]
+    assert run.median(rows) == dict.fromkeys(KEYS, 0) | {"rps": 20, "errors": 3, "runs": 3, "rps_spread": 20}
+
+
+def test_a_server_ends_with_its_children(tmp_path):
+    port = free_ports(1)[0]
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import subprocess, sys, http.server\n"
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        f"http.server.HTTPServer(('127.0.0.1', {port}), http.server.BaseHTTPRequestHandler).serve_forever()\n"
+    )
+    with contenders.server([sys.executable, str(script)], port):
+        family = psutil.Process().children(recursive=True)
+        assert len(family) >= 2
+    assert not psutil.wait_procs(family, timeout=5)[1]
+
+
+def test_a_server_that_fails_says_why():
+    argv = [sys.executable, "-c", "raise SystemExit('no such model')"]
+    with pytest.raises(RuntimeError, match="no such model"):
+        with contenders.server(argv, free_ports(1)[0]):
+            pass
+
+
+def test_without_an_exported_model_one_line_says_what_to_do(tmp_path, monkeypatch):
+    (tmp_path / "a.jpg").write_bytes(b"")
+    options = ["--contenders", "eager", "--model-store", tmp_path, "--photos", tmp_path, "--calibrate", tmp_path]
+    monkeypatch.setattr(sys, "argv", ["run", *map(str, options)])
+    with pytest.raises(SystemExit, match="run `make demo` first") as end:
+        run.main()
+    assert "\n" not in str(end.value)
+
+
+def test_the_limit_is_measured_in_process(tmp_path):
+    config = {
+        "arch": "squeezenet1_1",
+        "n_classes": 3,
+        "img_size": [32, 32],
+        "options": {},
+        "resize": {"size": [32, 32]},
+    }
+    config |= {"mean": None, "std": None, "codes": ["a", "b", "c"]}
+    from deployment.model import DynamicUnetDIY
+
+    torch.save(DynamicUnetDIY("squeezenet1_1", 3, (32, 32)).state_dict(), tmp_path / "fastunet.pth")
+    runtime.convert(config, tmp_path / "fastunet.pth", tmp_path)
+    result = limit.measure(tmp_path / "fastunet.xml", (32, 32), 0.2)
+    assert set(result) == {"1", "8"} and all(set(row) >= KEYS for row in result.values())
+    assert result["8"]["rps"] >= result["1"]["rps"] > 0
+    assert result["1"]["rps"] == pytest.approx(1000 / result["1"]["p50_ms"], rel=0.5)
+
+
+def test_replicas_leave_headroom():
+    assert [scaling.replicas(load, 50) for load in (1, 35, 36, 1000)] == [1, 1, 2, 29]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_one_line_says_so(capsys):
+    gpu.main()
+    assert capsys.readouterr().out == "no GPU here: nothing measured\n"
+
+
+@pytest.mark.bench
+def test_ours_beats_the_baseline_with_the_same_masks(tmp_path):
+    """The real thing, on the model in model_store/: some minutes."""
+    command = [sys.executable, "-m", "benchmark.run", "--contenders", "baseline,eager,openvino-int8,limit"]
+    subprocess.run([*command, "--clients", "1,8", "--repeat", "1"], check=True, cwd=contenders.ROOT, env=os.environ)
+    results = json.loads(Path(run.RESULTS).read_text())
+    for name in ("baseline", "eager", "openvino-int8"):
+        for row in results[name].values():
+            assert row["errors"] == row["wrong_masks"] == 0
+    assert results["openvino-int8"]["8"]["rps"] > results["eager"]["8"]["rps"] > results["baseline"]["8"]["rps"]

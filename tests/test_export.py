@@ -1,0 +1,514 @@
+"""Export: what it reads off a learner, what it proves, and what it refuses."""
+
+import importlib
+import pickle
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+import yaml
+from conftest import draw_photo
+from PIL import Image
+
+from deployment import export
+from deployment.export import ExportError, export_learner
+from deployment.handler import load_model, open_image, resize, to_tensor
+from deployment.model import decode
+
+ROOT = Path(__file__).parents[1]
+CODES = ["sky", "road", "tree", "car"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A folder of four photos with random masks."""
+    folder = tmp_path_factory.mktemp("data")
+    for i in range(4):
+        draw_photo(i, (120, 90)).save(folder / f"{i}.png")
+        Image.fromarray(np.random.default_rng(i).integers(0, 4, (90, 120), np.uint8)).save(folder / f"{i}_mask.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> list[Path]:
+    """Photos of many sizes and modes."""
+    folder = tmp_path_factory.mktemp("photos")
+    modes = {
+        "wide.png": ((201, 77), "RGB"),
+        "tall.jpg": ((66, 143), "RGB"),
+        "tiny.png": ((31, 23), "RGB"),
+        "gray.png": ((90, 60), "L"),
+        "gray.jpg": ((61, 90), "L"),
+        "alpha.png": ((100, 80), "RGBA"),
+        "gray_alpha.png": ((80, 100), "LA"),
+        "palette.png": ((70, 71), "P"),
+        "bits.png": ((64, 64), "1"),
+        "deep.png": ((73, 59), "I;16"),
+        "print.jpg": ((95, 64), "CMYK"),
+        "web.webp": ((150, 99), "RGB"),
+    }
+    for i, (name, (size, mode)) in enumerate(modes.items()):
+        image = draw_photo(i, size)
+        if mode == "I;16":
+            image = Image.fromarray(np.array(image.convert("L")).astype(np.uint16) * 257)
+        (image if mode == "I;16" else image.convert(mode)).save(folder / name)
+    rotated = draw_photo(99, (80, 50))
+    exif = rotated.getexif()
+    exif[0x0112] = 6
+    rotated.save(folder / "exif.jpg", exif=exif)
+    return sorted(folder.iterdir())
+
+
+def mask_of(path: Path) -> Path:
+    return path.with_name(f"{path.stem}_mask.png")
+
+
+def make(data: Path, item=None, batch=None, *, codes=CODES, img_cls=None, arch="resnet18", label=mask_of, **options):
+    """A learner with random weights whose classes all appear. By default it ends after layer 1 of its resnet18."""
+    from fastai.vision.all import PILImage, Resize, SegmentationDataLoaders, resnet18, set_seed, unet_learner
+
+    set_seed(0)
+    dls = SegmentationDataLoaders.from_label_func(
+        data,
+        sorted(data.glob("?.png")),
+        label,
+        codes=codes,
+        item_tfms=Resize((48, 64), method="squish") if item is None else item,
+        batch_tfms=batch,
+        img_cls=img_cls or PILImage,
+        bs=2,
+        num_workers=0,
+    )
+    if arch == "resnet18":
+        arch, options = resnet18, {"cut": 5} | options
+    options = {"pretrained": False, "n_out": len(CODES)} | options
+    learner = unet_learner(dls, arch, **options)
+    with torch.no_grad():  # every norm does something, no class wins everywhere
+        for name, p in learner.model.named_parameters():
+            if p.ndim == 1:
+                p.add_(0.2 * torch.randn_like(p))
+            if name.endswith("gamma"):
+                p.fill_(0.5)
+    last = [module for module in learner.model.modules() if isinstance(module, torch.nn.Conv2d)][-1]
+    with last.register_forward_hook(lambda _, inputs, output: means.append(output.mean((0, 2, 3)))), torch.no_grad():
+        means = []
+        learner.model.eval()(dls.test_dl(sorted(data.glob("?.png"))[:1]).one_batch()[0])
+        if last.bias is not None:
+            last.bias -= means[0].as_subclass(torch.Tensor)
+    return learner
+
+
+def served_mask(store: Path, photo: Path) -> torch.Tensor:
+    """The mask of `photo` from the exported files alone, by the functions that the handler calls."""
+    config = yaml.safe_load((store / "model-config.yaml").read_text())["handler"]
+    model = load_model(config, store / "fastunet.pth")
+    image = open_image(photo.read_bytes(), config["options"].get("n_in", 3))
+    if config["resize"]:
+        image = resize(image, **config["resize"])
+    x = to_tensor(image, config["mean"], config["std"], config["affine"])
+    with torch.inference_mode():
+        return decode(model(x[None]), **config["decode"])[0]
+
+
+def predicted_mask(learner, photo: Path) -> torch.Tensor:
+    with learner.no_bar(), learner.no_logging():
+        return learner.predict(photo)[0].as_subclass(torch.Tensor).squeeze().to(torch.uint8)
+
+
+def assert_same_masks(learner, store: Path, photos: list[Path]) -> None:
+    seen = set()
+    for photo in photos:
+        mask = served_mask(store, photo)
+        assert torch.equal(mask, predicted_mask(learner, photo)), photo.name
+        seen |= set(mask.unique().tolist())
+    assert len(seen) > 1  # masks of a single class would prove little
+
+
+def variants() -> dict[str, dict]:
+    """Learners that export must reproduce: arguments of `make`."""
+    from fastai.vision.all import (
+        BCEWithLogitsLossFlat,
+        Brightness,
+        CropPad,
+        DiceLoss,
+        Flip,
+        FocalLossFlat,
+        Normalize,
+        NormType,
+        PILImageBW,
+        RandomCrop,
+        RandomErasing,
+        RandomResizedCrop,
+        Resize,
+        aug_transforms,
+        imagenet_stats,
+    )
+
+    stats = Normalize.from_stats([0.4, 0.5, 0.6], [0.2, 0.3, 0.25])
+    size = (48, 64)
+    return {
+        "squish": {},
+        "squish nearest": {"item": Resize(size, method="squish", resamples=(Image.NEAREST, Image.NEAREST))},
+        "crop": {"item": Resize(50)},
+        "pad": {"item": Resize(size, method="pad")},
+        "pad border": {"item": Resize((64, 48), method="pad", pad_mode="border")},
+        "pad zeros": {"item": Resize(size, method="pad", pad_mode="zeros"), "batch": stats},
+        "own size": {"item": [], "batch": Normalize.from_stats(*imagenet_stats)},
+        "measured statistics": {"batch": Normalize()},
+        "augmented": {"item": Resize(60), "batch": [*aug_transforms(size=48), stats]},
+        "augmented, shrunk a lot": {"item": Resize(300), "batch": aug_transforms(size=(40, 56), pad_mode="zeros")},
+        "augmented, same size": {"batch": [*aug_transforms(max_warp=0), Flip(), stats]},
+        "lighting": {"batch": [Brightness(), RandomErasing(p=1.0)]},
+        "random resized crop": {"item": RandomResizedCrop((48, 64), min_scale=0.5)},
+        "random crop": {"item": [Resize(64), RandomCrop(48)]},
+        "crop or pad": {"item": CropPad((70, 90), pad_mode="border")},
+        "gray": {"img_cls": PILImageBW, "n_in": 1, "item": Resize(size, method="pad")},
+        "no codes": {"codes": None},
+        "focal": {"loss_func": FocalLossFlat(axis=1)},
+        "dice": {"loss_func": DiceLoss()},
+        "threshold": {"loss_func": BCEWithLogitsLossFlat(thresh=0.45), "n_out": 1, "y_range": (-2, 2)},
+        "all options": {
+            "cut": 7,
+            "self_attention": True,
+            "blur": True,
+            "blur_final": False,
+            "norm_type": NormType.Spectral,
+            "act_cls": torch.nn.Mish,
+            "y_range": (-3, 3),
+        },
+        "weight norm": {"norm_type": NormType.Weight, "last_cross": False, "item": Resize((45, 61))},
+        "cut in features": {"arch": torchvision.models.mobilenet_v2, "cut": lambda m: m.features[:8]},
+        "vgg": {"arch": torchvision.models.vgg11_bn, "cut": lambda m: m.features[:8]},
+    }
+
+
+@pytest.mark.parametrize("name", variants())
+def test_exported_mask_is_learn_predicts(name, data, photos, tmp_path):
+    learner = make(data, **variants()[name])
+    store = export_learner(learner, tmp_path / "store")
+    assert sorted(p.name for p in store.iterdir()) == ["fastunet.pth", "model-config.yaml"]
+    assert_same_masks(learner, store, photos if name == "squish" else photos[::4])
+
+
+def test_configuration_holds_what_serving_needs(data, tmp_path):
+    from fastai.vision.all import Normalize, Resize
+
+    batch = Normalize.from_stats([0.4, 0.5, 0.6], [0.2, 0.3, 0.25])
+    learner = make(data, Resize((48, 64), method="pad"), batch, blur=True, cut=None)
+    export_learner(learner, tmp_path)
+    config = yaml.safe_load((tmp_path / "model-config.yaml").read_text())
+    handler = config.pop("handler")
+    assert set(config) == {"batchSize", "maxBatchDelay", "responseTimeout"}
+    assert handler.pop("mean") == pytest.approx([0.4, 0.5, 0.6]) and handler.pop("std") == pytest.approx(
+        [0.2, 0.3, 0.25]
+    )
+    assert handler == {
+        "arch": "resnet18",
+        "n_classes": 4,
+        "img_size": [48, 64],
+        "options": {"blur": True},
+        "resize": {"size": [48, 64], "method": "pad", "pad_mode": "reflection", "resample": "bilinear"},
+        "affine": [],
+        "decode": {"activation": "softmax", "threshold": None},
+        "codes": CODES,
+        "runtime": "eager",
+        "precision": "fp32",
+    }
+    state = torch.load(tmp_path / "fastunet.pth", weights_only=True)
+    assert state.keys() == learner.model.state_dict().keys()
+
+
+def test_reads_the_architecture_off_the_model_alone(data):
+    learner = make(data, arch=torchvision.models.resnet34, cut=7, act_cls=torch.nn.SiLU)
+    expected = {"cut": 7, "act_cls": "SiLU"}
+    for name in ("arch", "n_out", "normalize", "pretrained", "cut", "act_cls"):
+        delattr(learner, name)
+    config = export.describe(learner)
+    assert (config["arch"], config["options"]) == ("resnet34", expected)
+
+
+# --- the command line ---
+
+
+def run_main(monkeypatch, *arguments) -> int | str | None:
+    monkeypatch.setattr(sys, "argv", ["export", *map(str, arguments)])
+    try:
+        export.main()
+    except SystemExit as e:
+        return e.code
+
+
+def test_command_from_file_to_mask(data, photos, tmp_path):
+    learner = make(data, label=lambda path: mask_of(path))
+    learner.export(tmp_path / "a learner.pkl")
+    command = [sys.executable, "-m", "deployment.export", tmp_path / "a learner.pkl", "--out", tmp_path / "store"]
+    done = subprocess.run([*command, "--check", data], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "runs the code" in done.stderr and "fastunet.pth" in done.stdout
+    assert_same_masks(learner, tmp_path / "store", photos[::4])
+
+
+@pytest.fixture(scope="module")
+def learner_file(data, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("learner") / "learner.pkl"
+    make(data).export(path)
+    return path
+
+
+def not_a_unet(path: Path, data: Path) -> None:
+    from fastai.vision.all import ImageDataLoaders, Resize, resnet18, vision_learner
+
+    names = sorted(data.glob("?.png"))
+    dls = ImageDataLoaders.from_lists(data, names, ["a", "b"] * 2, item_tfms=Resize(32), bs=2, num_workers=0)
+    vision_learner(dls, resnet18, pretrained=False).export(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        (b"", "is no learner"),
+        (b"hello, this is no pickle", "is no learner"),
+        (pickle.dumps({"not": "a learner"}), "is no learner"),
+        (b"\x80\x02cfastcore.dispatch\nTypeDispatch\n.", "Downgrade to `fastai<2.8.0`"),
+        ("truncated", "is no learner"),
+        ("state dict", "weights only"),
+        ("module", "is no learner"),
+        ("classifier", "not the DynamicUnet"),
+    ],
+)
+def test_refuses_files_that_hold_no_unet(content, message, learner_file, data, tmp_path, monkeypatch, capsys):
+    path, out = tmp_path / "file.pkl", tmp_path / "out"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content == "truncated":
+        path.write_bytes(learner_file.read_bytes()[:-5000])
+    elif content == "state dict":
+        torch.save({"weight": torch.ones(3)}, path)
+    elif content == "module":
+        torch.save(torch.nn.Linear(2, 2), path)
+    elif content == "classifier":
+        not_a_unet(path, data)
+    assert run_main(monkeypatch, path, "--out", out) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+    assert not out.exists()
+
+
+def test_a_file_of_another_user_needs_trust(learner_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("os.geteuid", lambda: learner_file.stat().st_uid + 1)
+    assert run_main(monkeypatch, learner_file, "--out", tmp_path) == 2
+    assert "--trust" in capsys.readouterr().err
+    assert run_main(monkeypatch, learner_file, "--out", tmp_path, "--trust") is None
+    assert (tmp_path / "fastunet.pth").exists()
+
+
+def test_tolerance_is_for_gpus(learner_file, tmp_path, monkeypatch, capsys):
+    assert run_main(monkeypatch, learner_file, "--out", tmp_path, "--tolerance", "1e-3") == 2
+    assert "on a CPU the copy is exact" in capsys.readouterr().err
+
+
+def test_check_folder_without_photos(learner_file, tmp_path, monkeypatch, capsys):
+    assert run_main(monkeypatch, learner_file, "--out", tmp_path / "out", "--check", tmp_path) == 2
+    assert "no photos" in capsys.readouterr().err
+
+
+# --- learners whose trainer's code is missing ---
+
+TRAINER = """
+import torch
+from fastai.vision.all import *
+def get_y(path): return path.with_name(f"{path.stem}_mask.png")
+def accuracy(inp, targ): return (inp.argmax(1) == targ.squeeze(1)).float().mean()
+class Loss(CrossEntropyLossFlat):
+    def __init__(self): super().__init__(axis=1)
+class Note(Callback): pass
+class Swap(Transform):
+    def encodes(self, x: TensorImage): return x.flip(1)
+class Doing(nn.ReLU): pass
+class Photo(PILImage): pass
+"""
+
+
+@pytest.fixture
+def trainer(tmp_path, monkeypatch):
+    """A module of the trainer's own, and a function that forgets it: from then on it cannot be imported."""
+    folder = tmp_path / "trainer"
+    folder.mkdir()
+    (folder / "their_code.py").write_text(TRAINER)
+    monkeypatch.syspath_prepend(folder)
+    module = importlib.import_module("their_code")
+
+    def forget():
+        sys.modules.pop("their_code")
+        (folder / "their_code.py").unlink()
+        importlib.invalidate_caches()
+
+    yield module, forget
+    sys.modules.pop("their_code", None)
+
+
+def test_labelling_and_metrics_need_no_stubs(data, photos, trainer, tmp_path):
+    module, forget = trainer
+    learner = make(data, label=module.get_y, metrics=module.accuracy)
+    learner.export(tmp_path / "learner.pkl", pickle_module=pickle)
+    forget()
+    with pytest.raises(ModuleNotFoundError):
+        torch.load(tmp_path / "learner.pkl", weights_only=False)
+    store = export_learner(export.load(tmp_path / "learner.pkl"), tmp_path / "store")
+    assert_same_masks(learner, store, photos[:4])
+
+
+@pytest.mark.parametrize("part", ["loss", "callback", "batch transform", "item transform", "activation", "photos"])
+def test_names_the_symbol_that_serving_needs(part, data, trainer, tmp_path):
+    from fastai.vision.all import Resize
+
+    module, forget = trainer
+    options, name = {
+        "loss": ({"loss_func": module.Loss()}, "Loss"),
+        "callback": ({"cbs": module.Note()}, "Note"),
+        "batch transform": ({"batch": module.Swap()}, "Swap"),
+        "item transform": ({"item": [Resize(48), module.Swap()]}, "Swap"),
+        "activation": ({"act_cls": module.Doing}, "Doing"),
+        "photos": ({"img_cls": module.Photo}, "Photo"),
+    }[part]
+    make(data, **options).export(tmp_path / "learner.pkl", pickle_module=pickle)
+    forget()
+    with pytest.raises(ExportError, match=rf"their_code\.{name}.*PYTHONPATH.*export_learner"):
+        export_learner(export.load(tmp_path / "learner.pkl"), tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+class CodeOfAnotherPython:
+    """Pickles like a function that cloudpickle took apart under another version of Python."""
+
+    def __reduce__(self):
+        return types.CodeType, (1, 2, 3)
+
+
+def test_a_learner_from_another_python_is_told(data, tmp_path):
+    learner = make(data)
+    learner.their_function = CodeOfAnotherPython()
+    learner.export(tmp_path / "learner.pkl")
+    with pytest.raises(
+        ExportError, match=rf"versions far from Python 3\.{sys.version_info.minor}, fastai 2.*TypeError"
+    ):
+        export.load(tmp_path / "learner.pkl")
+
+
+# --- learners that cannot be reproduced ---
+
+
+def refused() -> dict[str, tuple[dict, str]]:
+    """Arguments of `make`, and what the refusal must name."""
+    from fastai.vision.all import (
+        BCEWithLogitsLossFlat,
+        CropPad,
+        IntToFloatTensor,
+        LabelSmoothingCrossEntropyFlat,
+        MishJit,
+        MSELossFlat,
+        Normalize,
+        NormType,
+        RandomResizedCropGPU,
+        RatioResize,
+        Resize,
+        TensorImage,
+        Transform,
+        xresnet18,
+    )
+
+    class Negative(Transform):
+        order = 100
+
+        def encodes(self, x: TensorImage):
+            return -x
+
+    class Turned(Transform):
+        def encodes(self, x: Image.Image):
+            return x.transpose(Image.ROTATE_180)
+
+    class Layer(torch.nn.Conv2d):
+        pass
+
+    def own_body(model):
+        return torch.nn.Sequential(Layer(3, 8, 3, 2), Layer(8, 16, 3, 2))
+
+    size = Resize(48)
+    return {
+        "xresnet": ({"arch": xresnet18}, "xresnet"),
+        "own encoder": ({"cut": own_body}, "no torchvision model"),
+        "batch transform": ({"batch": Negative()}, "Negative"),
+        "item transform": ({"item": [size, Turned()]}, "Turned"),
+        "gpu crop": ({"batch": RandomResizedCropGPU(40)}, "RandomResizedCropGPU"),
+        "ratio resize": ({"item": RatioResize(60)}, "RatioResize"),
+        "pad, then resize": ({"item": [CropPad(80), size]}, "Resize"),
+        "statistics per pixel": ({"batch": Normalize(torch.rand(1, 3, 48, 64), torch.ones(1, 3, 48, 64))}, "Normalize"),
+        "another scale": ({"batch": IntToFloatTensor(div=127.5)}, "IntToFloatTensor"),
+        "numbers": ({"loss_func": MSELossFlat()}, "MSELoss"),
+        "smoothed along the wrong axis": ({"loss_func": LabelSmoothingCrossEntropyFlat(axis=1)}, "LabelSmoothing"),
+        "several labels a pixel": ({"loss_func": BCEWithLogitsLossFlat()}, "BCEWithLogitsLoss"),
+        "no decodes": ({"loss_func": torch.nn.CrossEntropyLoss()}, "CrossEntropyLossFlat"),
+        "activation": ({"act_cls": MishJit}, "MishJit"),
+        "layer order": ({"bn_1st": False, "norm_type": NormType.Batch}, "no plain DynamicUnet"),
+        "too many classes": ({"n_out": 300}, "300 classes"),
+    }
+
+
+@pytest.mark.parametrize("name", refused())
+def test_refuses_by_name(name, data, tmp_path):
+    options, message = refused()[name]
+    with pytest.raises(ExportError, match=message):
+        export_learner(make(data, **options), tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+# --- the proof ---
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ("open_image", "as opened"),
+        ("resize", "after the item transforms"),
+        ("to_tensor", "after the batch transforms"),
+        ("load_model", r"first in layer layers\.0\.4\.0\.conv1"),
+        ("decode", "masks differ in"),
+    ],
+)
+def test_one_difference_refuses_and_says_where(stage, message, data, tmp_path, monkeypatch):
+    learner = make(data)
+    real = getattr(export, stage)
+
+    def broken(*arguments, **options):
+        out = real(*arguments, **options)
+        if stage == "open_image":
+            out.putpixel((3, 4), (1, 2, 3))
+        elif stage == "resize":
+            out = out.transpose(Image.FLIP_LEFT_RIGHT)
+        elif stage == "to_tensor":
+            out[0, 5, 6] += 1e-6
+        elif stage == "load_model":
+            with torch.no_grad():
+                out.layers[0][4][0].conv1.weight += 1e-3
+        elif stage == "decode" and out.shape[-1] == 64:
+            out[0, 7, 8] += 1
+        return out
+
+    (tmp_path / "fastunet.pth").write_bytes(b"what was there before")
+    monkeypatch.setattr(export, stage, broken)
+    with pytest.raises(ExportError, match=message):
+        export_learner(learner, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["fastunet.pth"]
+    assert (tmp_path / "fastunet.pth").read_bytes() == b"what was there before"
+
+
+def test_a_broken_check_photo_is_named(data, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(ExportError, match="broken.png"):
+        export_learner(make(data), tmp_path / "store", check=tmp_path)

@@ -1,0 +1,224 @@
+"""The serving image, built and run for real: `pytest -m image -s tests/test_image.py`, as root, on Linux.
+
+Where no container engine runs, buildah still builds a Dockerfile and runs its image in a chroot. This test does that on
+a base image that debootstrap makes from Debian's packages, the same ones as in Docker's `debian:bookworm-slim`.
+"""
+
+import base64
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import requests
+from gcp_storage_emulator.server import create_server as create_storage_emulator
+from google.auth.credentials import AnonymousCredentials
+from google.cloud import storage
+
+from deployment.serve import free_ports, is_ready
+from tests.test_ai_platform import photos, reference  # noqa: F401
+
+pytestmark = [pytest.mark.image, pytest.mark.timeout(3600)]
+ROOT = Path(__file__).parents[1]
+BASE, IMAGE = "localhost/debian-bookworm", "localhost/fastunet-test"
+BUILDAH = ["buildah", "--storage-driver=overlay"]
+# Settings of this machine's network, by the names that pip, uv and OpenSSL read them: build secret, variable.
+SECRETS = {"pip": "PIP_CONFIG_FILE", "uv": "UV_CONFIG_FILE", "ca": "SSL_CERT_FILE"}
+
+
+def buildah(*arguments: str | Path, **options) -> str:
+    return subprocess.run([*BUILDAH, *arguments], check=True, stdout=subprocess.PIPE, text=True, **options).stdout
+
+
+@pytest.fixture(scope="module")
+def image(model_store, tmp_path_factory) -> dict:
+    """The image's configuration, once it is built with version 1 of the model in it."""
+    missing = [tool for tool in ("buildah", "debootstrap") if not shutil.which(tool)]
+    if missing or os.geteuid() != 0:
+        pytest.fail(
+            "building the image without a container engine needs root and two tools of Debian: "
+            "`sudo apt-get install --no-install-recommends buildah debootstrap`, then `sudo make image-test`"
+        )
+    if not buildah("images", "--quiet", "--filter", f"reference={BASE}"):
+        make_base()
+    context = tmp_path_factory.mktemp("context")
+    for name in ("Dockerfile", ".dockerignore", "constraints.txt"):
+        shutil.copy(ROOT / name, context)
+    shutil.copytree(ROOT / "deployment", context / "deployment")
+    shutil.copytree(ROOT / "notebook", context / "notebook")  # must not get in
+    (context / "model_store").mkdir()
+    shutil.copy(model_store / "fastunet.mar", context / "model_store")
+    secrets = [f"--secret=id={id},src={os.environ[name]}" for id, name in SECRETS.items() if os.environ.get(name)]
+    start = time.monotonic()
+    subprocess.run(
+        [*BUILDAH, "bud", "--isolation=chroot", "--format=docker", "--layers", f"--build-arg=BASE={BASE}",
+         *secrets, "--tag", IMAGE, context], check=True,
+    )  # fmt: skip
+    print(f"\nbuilt in {time.monotonic() - start:.0f} s")
+    print_layers()
+    return json.loads(buildah("inspect", "--type=image", IMAGE))["Docker"]["config"]
+
+
+def make_base() -> None:
+    """Debian 12 from its own packages, as a local image."""
+    with tempfile.TemporaryDirectory() as root:
+        subprocess.run(["debootstrap", "--variant=minbase", "bookworm", root], check=True)
+        subprocess.run(["chroot", root, "apt-get", "clean"], check=True)
+        container = buildah("from", "scratch").strip()
+        mount = buildah("mount", container).strip()
+        subprocess.run(["cp", "--archive", f"{root}/.", mount], check=True)
+        buildah("umount", container)
+        buildah("commit", "--rm", "--format=docker", container, BASE)
+
+
+def print_layers() -> None:
+    """Sizes of the image's layers beside the instructions that made them (what `docker history` shows)."""
+    info = json.loads(buildah("inspect", "--type=image", IMAGE))
+    store = Path(json.loads(buildah("info"))["store"]["GraphRoot"])
+    layers = json.loads((store / "overlay-layers" / "layers.json").read_text())
+    sizes = {layer["diff-digest"]: layer["diff-size"] for layer in layers if "diff-digest" in layer}
+    digests = iter(info["Docker"]["rootfs"]["diff_ids"])
+    total = 0
+    for step in info["History"]:
+        if not step.get("empty_layer"):
+            size = sizes[next(digests)]
+            total += size
+            print(f"{size / 1e6:9.1f} MB  {step['created_by'].removeprefix('/bin/sh -c ')[:90]}")
+    print(f"{total / 1e6:9.1f} MB  in all")
+
+
+@pytest.fixture
+def container():
+    """Runs the image's own command as its own user; yields a function of the management port and the environment."""
+    running: list[tuple[str, subprocess.Popen]] = []
+
+    def start(config: dict, management_port: int, **environment: str) -> subprocess.Popen:
+        name = buildah("from", IMAGE).strip()
+        settings = [f"--env={key}={value}" for key, value in environment.items()]
+        [metrics_port] = free_ports(1)  # a chroot shares the host's ports: the usual ones may be taken
+        ports = [f"--management-port={management_port}", f"--metrics-port={metrics_port}"]
+        command = [*BUILDAH, "run", "--isolation=chroot", *settings, name, "--", *config["Entrypoint"], *ports]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        running.append((name, process))
+        return process
+
+    yield start
+    for name, process in running:
+        for p in [psutil.Process(process.pid), *descendants(process)] if process.poll() is None else []:
+            p.kill()
+        process.wait()
+        buildah("rm", name)
+
+
+def descendants(process: subprocess.Popen) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def wait(process: subprocess.Popen, condition, timeout: float = 300) -> float:
+    """Seconds until `condition()` is true for the first time."""
+    start = time.monotonic()
+    while not condition():
+        if process.poll() is not None or time.monotonic() - start > timeout:
+            process.kill()
+            pytest.fail(f"the container ended or was not ready within {timeout} s:\n{process.stdout.read()}")
+        time.sleep(0.1)
+    return time.monotonic() - start
+
+
+def is_healthy(url: str) -> bool:
+    try:
+        return requests.get(f"{url}/ping", timeout=10).status_code == 200
+    except requests.ConnectionError:
+        return False
+
+
+def mask(url: str, photo: bytes) -> np.ndarray:
+    """The mask of one photo, asked for as AI Platform asks."""
+    body = {"instances": [{"b64": base64.b64encode(photo).decode()}]}
+    answer = requests.post(f"{url}/predictions/fastunet", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    [prediction] = answer.json()["predictions"]
+    return np.frombuffer(base64.b64decode(prediction["base64_prediction"]), np.uint8).reshape(prediction["shape"])
+
+
+def test_serves_and_stops(image, container, photos, reference):  # noqa: F811
+    assert image["User"] == "serve" and image["Healthcheck"]["Test"] == [
+        "CMD",
+        "python",
+        "-m",
+        "deployment.serve",
+        "--check",
+    ]
+    port, management = free_ports(2)
+    url = f"http://127.0.0.1:{port}"
+    process = container(image, management, AIP_HTTP_PORT=str(port))
+    ping = wait(process, lambda: is_healthy(url))
+    ready = ping + wait(process, lambda: is_ready(management))
+    print(
+        f"\nfrom the container's start: {ping:.1f} s to the first 200 of /ping, {ready:.1f} s until a worker is ready"
+    )
+    assert all(np.array_equal(mask(url, photo), reference("1", photo)) for photo in photos)
+
+    java = next(p for p in descendants(process) if p.name() == "java")
+    main = java.parent()  # what the container's first process would be
+    servers = [main, *main.children(recursive=True)]
+    assert main.cmdline()[1:4] == ["-m", "deployment.serve", f"--management-port={management}"]
+    assert len(servers) >= 3 and {p.uids().real for p in servers} == {1000}
+    open_ports = {c.laddr for p in servers for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    outside = {address.port for address in open_ports if not address.ip.endswith("127.0.0.1")}
+    assert outside == {port}  # everything but predictions and health stays inside
+
+    main.send_signal(signal.SIGTERM)
+    log, _ = process.communicate(timeout=90)
+    assert process.returncode == 0, log
+    assert not psutil.wait_procs(servers, timeout=10)[1]
+    assert "Traceback" not in log and "Exception" not in log, log
+
+
+def test_fetches_the_archive_at_start(image, container, next_version, photos, reference, monkeypatch):  # noqa: F811
+    port, management, storage_port = free_ports(3)
+    url, emulator = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{storage_port}"
+    with create_storage_emulator("127.0.0.1", storage_port, in_memory=True, default_bucket="bucket"):
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", emulator)
+        client = storage.Client(project="local", credentials=AnonymousCredentials())
+        client.bucket("bucket").blob("models/fastunet.mar").upload_from_filename(next_version / "fastunet.mar")
+        process = container(
+            image,
+            management,
+            AIP_HTTP_PORT=str(port),
+            AIP_STORAGE_URI="gs://bucket/models",
+            STORAGE_EMULATOR_HOST=emulator,
+        )
+        wait(process, lambda: is_ready(management))
+        assert all(np.array_equal(mask(url, photo), reference("2", photo)) for photo in photos)
+
+
+def test_holds_what_serving_needs_and_no_more(image, container):
+    name = buildah("from", IMAGE).strip()
+    try:
+        root = Path(buildah("mount", name).strip())
+        assert sorted(p.name for p in (root / "app").rglob("*") if p.is_file()) == sorted(
+            [
+                ".gitkeep",
+                "__init__.py",
+                "config.properties",
+                "fastunet.mar",
+                "log4j2.xml",
+                "requirements.txt",
+                "serve.py",
+            ]
+        )
+        packages = {p.name.split("-")[0] for p in (root / "opt/venv").rglob("*.dist-info")}
+        assert {"torch", "torchvision", "torchserve"} <= packages
+        assert not packages & {"fastai", "jupyter", "notebook", "triton", "pip", "uv"}
+        programs = {p.name for p in (root / "usr/bin").iterdir()}
+        assert not programs & {"gcc", "cc", "g++", "clang", "make", "nvcc"}
+    finally:
+        buildah("rm", name)

@@ -1,0 +1,43 @@
+"""The notebooks as they are committed: clean runs from top to bottom, small, and free of any machine's traces."""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebook").glob("0*.ipynb"))
+
+
+def read(path):
+    notebook = nbformat.read(path, as_version=4)
+    return notebook, [c for c in notebook.cells if c.cell_type == "code"]
+
+
+def test_all_four_are_there():
+    assert [p.name[:2] for p in NOTEBOOKS] == ["01", "02", "03", "04"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_committed_state_is_one_clean_run(path):
+    notebook, cells = read(path)
+    nbformat.validate(notebook)
+    assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1)), "run `make notebooks`"
+    assert not [o for c in cells for o in c.outputs if o.output_type == "error"]
+    assert path.stat().st_size < 1_000_000
+    assert "assert" in cells[-1].source, "the last cell checks the result"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_no_trace_of_a_machine(path):
+    text = path.read_text()
+    assert not re.search(r"(?<![\w.~/-])/(home|root|work|Users|tmp|opt|mnt)/", text), "an output names a machine's path"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_links_to_files_of_the_repository_hold(path):
+    notebook, _ = read(path)
+    prose = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", prose):
+        assert (path.parent / target).exists(), f"{path.name} links to {target}, which does not exist"

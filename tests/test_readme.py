@@ -1,0 +1,136 @@
+"""The README, done as it says: local commands in a copy of the repository, then the five steps with another learner.
+
+Blocks marked `bash` are run here, in order; blocks marked `shell` run long, or need a cloud project.
+"""
+
+import base64
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from deployment.serve import free_ports
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def section(title: str) -> str:
+    """The text below the heading `title`, up to the next heading of its level or above."""
+    level, rest = re.search(rf"^(#+) {re.escape(title)}\n(.*)", README, re.M | re.S).groups()
+    return re.split(rf"^#{{1,{len(level)}}} ", rest, maxsplit=1, flags=re.M)[0]
+
+
+def commands(text: str) -> list[str]:
+    """The commands of the `bash` blocks in `text`, continued lines joined."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A copy of the files under version control, in a folder with a space in its name, with this environment."""
+    folder = tmp_path_factory.mktemp("clone") / "my clone"
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    for name in files.rstrip("\0").split("\0"):
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    (folder / ".venv").symlink_to(Path(sys.prefix))
+    (folder / ".venv" / "installed").touch()
+    return folder
+
+
+def run(command: str, folder: Path) -> str:
+    """What `command` prints; the test fails with it when the command does."""
+    path = f"{Path(sys.prefix, 'bin')}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        command, shell=True, cwd=folder, env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@contextlib.contextmanager
+def make_serve(folder: Path):
+    """`make serve` on free ports; yields the port. Ctrl-C ends it."""
+    port, management, metrics = free_ports(3)
+    server = subprocess.Popen(
+        ["make", "serve", f"PORT={port}", f"MANAGEMENT_PORT={management}", f"METRICS_PORT={metrics}"],
+        cwd=folder,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        check = [sys.executable, "-m", "deployment.serve", "--check", "--management-port", str(management)]
+        deadline = time.monotonic() + 120
+        while subprocess.run(check, cwd=folder).returncode:
+            assert server.poll() is None and time.monotonic() < deadline, "make serve did not come up"
+            time.sleep(0.5)
+        yield port
+    finally:
+        os.killpg(server.pid, signal.SIGINT)
+        server.wait(timeout=60)
+
+
+def served_mask(port: int, photo: Path) -> np.ndarray:
+    answer = httpx.post(f"http://127.0.0.1:{port}/predictions/fastunet", content=photo.read_bytes(), timeout=60).json()
+    return np.frombuffer(base64.b64decode(answer["base64_prediction"]), np.uint8).reshape(answer["shape"])
+
+
+def test_the_tutorial_from_top_to_bottom(clone):
+    demo, test = [line.split("#")[0].strip() for line in commands(README)[:2]]
+    assert (demo, test) == ("make demo", "make test")
+    printed = run(f"{demo} ARCH=resnet18 EPOCHS=1", clone)
+    assert re.search(r"validation accuracy", printed)
+    equal, total = re.search(r"masks equal: (\d+) of (\d+) images", printed).groups()
+    assert equal == total and int(total) > 1
+    assert "HTTP/1.1 200 OK" in printed
+    expected = np.array(Image.open(clone / "sample/sample_pred_mask.png"))
+
+    for title in ("Export", "Archive"):
+        for command in commands(section(title)):
+            run(command, clone)
+    with make_serve(clone) as port:
+        for command in commands(section("Call")):
+            answer = run(re.sub(r"(?<=:)8080", str(port), command), clone)
+            if answer:
+                pixels = base64.b64decode(json.loads(answer)["base64_prediction"])
+                assert pixels == expected.tobytes()
+    assert np.array_equal(np.array(Image.open(clone / "mask.png")), expected)
+    photo = Image.open(clone / "sample/street_view_of_a_small_neighborhood.png")
+    assert Image.open(clone / "overlay.jpg").size == photo.size
+
+
+def test_five_steps_with_a_learner_of_somebody_else(clone, tmp_path):
+    run(f'"{sys.executable}" tests/stranger.py "{tmp_path}/farm"', clone)
+    shutil.copy(tmp_path / "farm/theirs.pkl", clone)
+    steps = commands(section("Use it for your own model"))
+    assert any("theirs.pkl" in step for step in steps)
+    for command in steps:
+        run(command, clone)
+    with make_serve(clone) as port:
+        for i in range(3):
+            expected = np.array(Image.open(tmp_path / f"farm/expected_{i}.png"))
+            mask = served_mask(port, tmp_path / f"farm/photos/{i}.png")
+            assert mask.shape == (72, 88) and np.array_equal(mask, expected)
+
+
+def test_places_named_in_the_readme_exist():
+    places = re.findall(r"\[`([\w./-]+)`\]\(([\w./-]+)\): `(\w+)`", README)
+    assert places
+    for _, path, name in places:
+        assert re.search(rf"\b{name}\b", (ROOT / path).read_text()), f"{path} has no {name}"
+    for path in re.findall(r"\]\((?!https?:|#)([^)#]+)", README):
+        assert (ROOT / path).exists(), f"the README links to {path}, which does not exist"

@@ -1,0 +1,649 @@
+"""A local stand-in for Vertex AI: the service's wire protocol on loopback, the real server behind it.
+
+    with vertex_ai({"us-central1-docker.pkg.dev/…/fastunet:1": "model_store"}) as service:
+        aiplatform.init(project=service.project, location=service.location, api_endpoint=service.api_endpoint)
+
+What is real here
+  * the wire: gRPC over TLS with the SDK's own protobuf types, so that an unmodified google-cloud-aiplatform
+    talks to it; predictions on dedicated endpoints go over HTTPS, as they do with the service;
+  * the credentials: a service account's key file (GOOGLE_APPLICATION_CREDENTIALS) whose signed tokens are verified;
+  * Cloud Storage: gcp-storage-emulator, spoken to by an unmodified google-cloud-storage;
+  * prediction: deploying (or a batch job) starts the image's command, `python -m deployment.serve`, with the AIP_*
+    variables, waits for its health route, and sends it the JSON that the service would send.
+
+What is not
+  * An image is a name and the model store it would hold: nothing is pulled, isolated, or limited (test_image.py
+    tests the image itself). All servers share one loopback, so AIP_HTTP_PORT is a free port, not the declared one.
+  * There is one process per deployment, whatever the replica counts say: no scaling, no hardware behind
+    machine types and accelerators, no Spot, no request log in BigQuery. Those settings are checked and kept.
+  * No IAM, quota, regions or billing; Cloud Storage asks for no credentials; operations that take the service seconds
+    are done at once. List filters know `display_name="…"` only.
+  * Checks follow the API's reference. Where it names no error class, the nearest canonical one is used.
+"""
+
+import atexit
+import contextlib
+import functools
+import http.server
+import json
+import os
+import random
+import re
+import secrets
+import shutil
+import ssl
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import requests
+import trustme
+from gcp_storage_emulator.server import create_server as create_storage_emulator
+from google.api_core import exceptions
+from google.auth import jwt
+from google.cloud import storage
+from google.cloud.aiplatform_v1 import types
+from google.longrunning import operations_pb2
+from google.protobuf import any_pb2, empty_pb2, json_format, timestamp_pb2
+
+from deployment.serve import free_ports, stop
+
+ROOT = Path(__file__).parents[1]
+# `python -m deployment.serve`, which ends with this process. (Popen's preexec_fn would do that too, but needs a plain
+# fork(), under which gRPC's connections stall.)
+SERVE = "from deployment.serve import main, prepare_child; prepare_child(); main()"
+PROJECT, LOCATION = "local-project", "us-central1"
+PARENT = f"projects/{PROJECT}/locations/{LOCATION}"
+MAX_BYTES = {"shared": 1_500_000, "dedicated": 10_000_000}  # a request or an answer, by kind of endpoint
+IMAGE_URI = re.compile(r"[a-z0-9-]+-docker\.pkg\.dev/[^/]+/[^/]+/.+|([a-z]+\.)?gcr\.io/.+")
+ACCELERATORS = {"NVIDIA_TESLA_T4": "n1-", "NVIDIA_L4": "g2-"}  # accelerator: the machine types that take it
+METRICS = ("cpu/utilization", "accelerator/duty_cycle", "request_count")
+
+
+def check(condition: object, message: str, error: type = exceptions.InvalidArgument) -> None:
+    if not condition:
+        raise error(message)
+
+
+def new_id() -> str:
+    return str(random.randrange(10**18, 10**19))
+
+
+@functools.cache
+def authority() -> trustme.CA:
+    """One certificate authority per process: gRPC reads its root certificates only once."""
+    return trustme.CA()
+
+
+@dataclass
+class Container:
+    """One running server: the image's command, listening on loopback."""
+
+    process: subprocess.Popen
+    url: str
+    log: Path
+
+    def ready(self, probe: list[str], route: str) -> bool:
+        """What the readiness probe says: the command `probe` where there is one, else GET on the health route."""
+        if probe:
+            return subprocess.run(probe, cwd=ROOT).returncode == 0
+        with contextlib.suppress(requests.RequestException):
+            return requests.get(self.url + route, timeout=10).status_code == 200
+        return False
+
+    def predict(self, route: str, body: bytes, timeout: float = 60) -> list:
+        """Sends one prediction request; returns the answer's `predictions`, or raises the service's error."""
+        try:
+            answer = requests.post(
+                self.url + route, body, headers={"Content-Type": "application/json"}, timeout=timeout
+            )
+        except requests.Timeout as e:
+            raise exceptions.DeadlineExceeded("The model server did not answer in time.") from e
+        except requests.ConnectionError as e:
+            raise exceptions.ServiceUnavailable("The model server is not reachable.") from e
+        if answer.status_code != 200:
+            error = exceptions.from_http_status(answer.status_code, answer.text)
+            bad_request = 400 <= answer.status_code < 500 and not error.grpc_status_code
+            raise exceptions.InvalidArgument(answer.text) if bad_request else error
+        try:
+            return answer.json()["predictions"]
+        except (ValueError, KeyError, TypeError) as e:
+            raise exceptions.InternalServerError("The model server's answer is no JSON with `predictions`.") from e
+
+    def stop(self) -> None:
+        stop(self.process)
+
+
+@dataclass
+class VertexAI:
+    """The state and the methods of the service; each method is the RPC of its name."""
+
+    images: dict[str, Path]  # image URI: the model store in it
+    folder: Path  # keys, certificates and the containers' logs
+    project: str = PROJECT
+    location: str = LOCATION
+    api_endpoint: str = ""
+    models: dict[str, dict[str, types.Model]] = field(default_factory=dict)  # name: {version: model}
+    endpoints: dict[str, types.Endpoint] = field(default_factory=dict)
+    jobs: dict[str, types.BatchPredictionJob] = field(default_factory=dict)
+    operations: dict[str, operations_pb2.Operation] = field(default_factory=dict)
+    containers: dict[str, Container] = field(default_factory=dict)  # by the deployed model's or the job's id
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    # Threads that live as long as the service: a process started by a thread that ends would be told its parent died.
+    workers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(8))
+
+    # Models and their versions
+
+    def UploadModel(self, request: types.UploadModelRequest) -> operations_pb2.Operation:
+        model, spec = request.model, request.model.container_spec
+        check(request.parent == PARENT, f"No permission on {request.parent}.", exceptions.PermissionDenied)
+        check(model.display_name, "model.display_name is required.")
+        check(spec.image_uri, "model.container_spec.image_uri is required.")
+        check(IMAGE_URI.fullmatch(spec.image_uri), f"{spec.image_uri} is no image in Artifact Registry.")
+        check(spec.image_uri in self.images, f"Image {spec.image_uri} not found.", exceptions.NotFound)
+        check(all(0 < p.container_port < 65536 for p in spec.ports), "container ports must be 1 to 65535.")
+        for route in (spec.predict_route, spec.health_route):
+            check(not route or route.startswith("/"), f"Route {route!r} must start with a slash.")
+        check(not model.artifact_uri or model.artifact_uri.startswith("gs://"), "artifact_uri must be gs://…")
+        for alias in model.version_aliases:
+            check(re.fullmatch(r"[a-z][a-zA-Z0-9-]{0,126}[a-z0-9]", alias), f"Invalid version alias {alias!r}.")
+        with self.lock:
+            if request.parent_model:
+                name = request.parent_model.split("@")[0]
+                self._model(name)
+            else:
+                check(not request.model_id or re.fullmatch(r"[a-z_][a-z0-9_-]{0,62}", request.model_id),
+                      f"Invalid model_id {request.model_id!r}.")  # fmt: skip
+                name = f"{PARENT}/models/{request.model_id or new_id()}"
+                check(name not in self.models, f"{name} already exists.", exceptions.AlreadyExists)
+            versions = self.models.setdefault(name, {})
+            model.name, model.version_id = name, str(max(map(int, versions), default=0) + 1)
+            if not versions and "default" not in model.version_aliases:
+                model.version_aliases.append("default")
+            for other in versions.values():  # an alias names one version: the newest taker
+                other.version_aliases = [a for a in other.version_aliases if a not in model.version_aliases]
+            model.create_time = model.update_time = model.version_create_time = time_now()
+            model.supported_deployment_resources_types = [types.Model.DeploymentResourcesType.DEDICATED_RESOURCES]
+            versions[model.version_id] = model
+        return self._done(types.UploadModelResponse(model=name, model_version_id=model.version_id))
+
+    def GetModel(self, request: types.GetModelRequest) -> types.Model:
+        return self._model(request.name)
+
+    def ListModels(self, request: types.ListModelsRequest) -> types.ListModelsResponse:
+        newest = [self._model(name) for name in self.models]
+        return types.ListModelsResponse(models=matching(newest, request.filter))
+
+    def ListModelVersions(self, request: types.ListModelVersionsRequest) -> types.ListModelVersionsResponse:
+        self._model(request.name)
+        return types.ListModelVersionsResponse(models=list(self.models[request.name.split("@")[0]].values()))
+
+    def DeleteModelVersion(self, request: types.DeleteModelVersionRequest) -> operations_pb2.Operation:
+        model = self._model(request.name)
+        check(len(self.models[model.name]) > 1, "The last version cannot be deleted; delete the model.",
+              exceptions.FailedPrecondition)  # fmt: skip
+        check("default" not in model.version_aliases, "The default version cannot be deleted.",
+              exceptions.FailedPrecondition)  # fmt: skip
+        self._check_not_deployed(model.name, model.version_id)
+        del self.models[model.name][model.version_id]
+        return self._done(empty_pb2.Empty())
+
+    def DeleteModel(self, request: types.DeleteModelRequest) -> operations_pb2.Operation:
+        self._check_not_deployed(self._model(request.name).name)
+        del self.models[request.name]
+        return self._done(empty_pb2.Empty())
+
+    def _model(self, name: str) -> types.Model:
+        """The version that `name` (`…/models/ID`, or with `@version` or `@alias`) stands for."""
+        base, _, version = name.partition("@")
+        for model in self.models.get(base, {}).values():
+            if (version or "default") in (model.version_id, *model.version_aliases):
+                return model
+        raise exceptions.NotFound(f"The Model {name} does not exist.")
+
+    def _check_not_deployed(self, name: str, version: str | None = None) -> None:
+        for endpoint in self.endpoints.values():
+            for d in endpoint.deployed_models:
+                check(d.model.split("@")[0] != name or (version and d.model_version_id != version),
+                      f"{name} is deployed to {endpoint.name}: undeploy it first.",
+                      exceptions.FailedPrecondition)  # fmt: skip
+
+    # Endpoints
+
+    def CreateEndpoint(self, request: types.CreateEndpointRequest) -> operations_pb2.Operation:
+        endpoint, log = request.endpoint, request.endpoint.predict_request_response_logging_config
+        check(request.parent == PARENT, f"No permission on {request.parent}.", exceptions.PermissionDenied)
+        check(endpoint.display_name, "endpoint.display_name is required.")
+        check(not log.enabled or 0 < log.sampling_rate <= 1, "sampling_rate must be above 0 and at most 1.")
+        check(not log.bigquery_destination.output_uri or log.bigquery_destination.output_uri.startswith("bq://"),
+              "The logging destination must be bq://…")  # fmt: skip
+        check(not request.endpoint_id or re.fullmatch(r"[0-9]{1,10}", request.endpoint_id), "Invalid endpoint_id.")
+        endpoint.name = f"{PARENT}/endpoints/{request.endpoint_id or new_id()}"
+        check(endpoint.name not in self.endpoints, f"{endpoint.name} already exists.", exceptions.AlreadyExists)
+        endpoint.create_time = endpoint.update_time = time_now()
+        if endpoint.dedicated_endpoint_enabled:
+            endpoint.dedicated_endpoint_dns = self.dedicated_dns
+        self.endpoints[endpoint.name] = endpoint
+        return self._done(endpoint)
+
+    def GetEndpoint(self, request: types.GetEndpointRequest) -> types.Endpoint:
+        return self._endpoint(request.name)
+
+    def ListEndpoints(self, request: types.ListEndpointsRequest) -> types.ListEndpointsResponse:
+        return types.ListEndpointsResponse(endpoints=matching(self.endpoints.values(), request.filter))
+
+    def UpdateEndpoint(self, request: types.UpdateEndpointRequest) -> types.Endpoint:
+        endpoint = self._endpoint(request.endpoint.name)
+        with self.lock:
+            for path in request.update_mask.paths:
+                check(path in ("display_name", "description", "labels", "traffic_split"), f"Cannot update {path}.")
+                if path == "traffic_split":
+                    self._check_traffic(endpoint, dict(request.endpoint.traffic_split))
+                setattr(endpoint, path, getattr(request.endpoint, path))
+        return endpoint
+
+    def DeleteEndpoint(self, request: types.DeleteEndpointRequest) -> operations_pb2.Operation:
+        endpoint = self._endpoint(request.name)
+        check(not endpoint.deployed_models, f"{endpoint.name} has deployed models: undeploy them first.",
+              exceptions.FailedPrecondition)  # fmt: skip
+        del self.endpoints[endpoint.name]
+        return self._done(empty_pb2.Empty())
+
+    def _endpoint(self, name: str) -> types.Endpoint:
+        check(name in self.endpoints, f"The Endpoint {name} does not exist.", exceptions.NotFound)
+        return self.endpoints[name]
+
+    @staticmethod
+    def _check_traffic(endpoint: types.Endpoint, split: dict[str, int], extra: tuple[str, ...] = ()) -> None:
+        known = {d.id for d in endpoint.deployed_models} | set(extra)
+        check(set(split) <= known, f"traffic_split names {sorted(set(split) - known)}, which are not deployed here.")
+        check(all(0 <= share <= 100 for share in split.values()), "Every share of traffic must be 0 to 100.")
+        check(not split or sum(split.values()) == 100, f"Traffic must sum to 100, not {sum(split.values())}.")
+
+    # Deployment
+
+    def DeployModel(self, request: types.DeployModelRequest) -> operations_pb2.Operation:
+        endpoint, deployed = self._endpoint(request.endpoint), request.deployed_model
+        model, resources = self._model(deployed.model), deployed.dedicated_resources
+        split = dict(request.traffic_split)
+        check_machine(resources.machine_spec)
+        check(resources.min_replica_count >= 1, "min_replica_count must be at least 1.")
+        check(not resources.max_replica_count or resources.max_replica_count >= resources.min_replica_count,
+              "max_replica_count must be at least min_replica_count.")  # fmt: skip
+        for spec in resources.autoscaling_metric_specs:
+            metric = spec.metric_name.removeprefix("aiplatform.googleapis.com/prediction/online/")
+            check(metric in METRICS, f"Unknown autoscaling metric {spec.metric_name}.")
+            check(spec.target >= 1 and (metric == "request_count" or spec.target <= 100), "Target out of range.")
+        self._check_traffic(endpoint, split, extra=("0",))
+        deployed.id, deployed.create_time = deployed.id or new_id(), time_now()
+        deployed.model, deployed.model_version_id = f"{model.name}@{model.version_id}", model.version_id
+        deployed.display_name = deployed.display_name or model.display_name
+
+        def deploy() -> types.DeployModelResponse:
+            self._start(model, deployed.id, endpoint)
+            with self.lock:
+                endpoint.deployed_models.append(deployed)
+                if split:
+                    endpoint.traffic_split = {deployed.id if k == "0" else k: v for k, v in split.items()}
+            return types.DeployModelResponse(deployed_model=deployed)
+
+        return self._later(deploy)
+
+    def UndeployModel(self, request: types.UndeployModelRequest) -> operations_pb2.Operation:
+        endpoint, id = self._endpoint(request.endpoint), request.deployed_model_id
+        remaining = [d for d in endpoint.deployed_models if d.id != id]
+        check(len(remaining) < len(endpoint.deployed_models), f"{id} is not deployed here.", exceptions.NotFound)
+        split = dict(request.traffic_split) or (dict(endpoint.traffic_split) if remaining else {})
+        check(not split.get(id), f"{id} still has traffic: move it away first.", exceptions.FailedPrecondition)
+        with self.lock:
+            self._check_traffic(endpoint, split)
+            endpoint.deployed_models, endpoint.traffic_split = remaining, split
+        self.containers.pop(id).stop()
+        return self._done(types.UndeployModelResponse())
+
+    def _start(self, model: types.Model, id: str, endpoint: types.Endpoint | None = None) -> Container:
+        """Runs the model's image as the service does, and returns once its health route answers 200."""
+        spec, (port, management, metrics) = model.container_spec, free_ports(3)
+        log = self.folder / f"{id}.log"
+        environment = os.environ | {e.name: e.value for e in spec.env} | {
+            "AIP_MODE": "PREDICTION",
+            "AIP_HTTP_PORT": str(port),
+            "AIP_HEALTH_ROUTE": spec.health_route or "/v1/health",
+            "AIP_PREDICT_ROUTE": spec.predict_route or "/v1/predict",
+            "AIP_STORAGE_URI": model.artifact_uri,
+            "TMPDIR": str(self.folder),
+            "AIP_DEPLOYED_MODEL_ID": id,
+            "AIP_ENDPOINT_ID": endpoint.name.split("/")[-1] if endpoint else "",
+        }  # fmt: skip
+        command = [sys.executable, "-c", SERVE, "--model-store", str(self.images[spec.image_uri])]
+        command += ["--host", "127.0.0.1", f"--management-port={management}", f"--metrics-port={metrics}", *spec.args]
+        with log.open("wb") as output:
+            process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        container = self.containers[id] = Container(process, f"http://127.0.0.1:{port}", log)
+        probe = list(spec.health_probe.exec_.command)
+        if probe:
+            probe = [
+                shutil.which(probe[0], path=Path(sys.executable).parent),
+                *probe[1:],
+                f"--management-port={management}",
+            ]
+        deadline = time.monotonic() + (spec.deployment_timeout.total_seconds() if spec.deployment_timeout else 300)
+        try:
+            while not container.ready(probe, environment["AIP_HEALTH_ROUTE"]):
+                exited = process.poll() is not None
+                problem = "exited unexpectedly" if exited else "never became ready"
+                check(not exited and time.monotonic() < deadline,
+                      f"Model server {problem}. Its logs: {log}\n{tail(log)}",
+                      exceptions.FailedPrecondition)  # fmt: skip
+                time.sleep(1)
+        except BaseException:
+            self.containers.pop(id).stop()
+            raise
+        return container
+
+    # Prediction
+
+    def Predict(self, request: types.PredictRequest) -> types.PredictResponse:
+        body = {"instances": [json_format.MessageToDict(i) for i in request._pb.instances]}
+        if request._pb.HasField("parameters"):
+            body["parameters"] = json_format.MessageToDict(request._pb.parameters)
+        predictions, served = self._predict(request.endpoint, json.dumps(body).encode(), "shared")
+        response = types.PredictResponse(**served)
+        json_format.ParseDict({"predictions": predictions}, response._pb)
+        return response
+
+    def _predict(self, name: str, body: bytes, kind: str) -> tuple[list, dict[str, str]]:
+        """Routes one request by the endpoint's traffic; returns the predictions and what served them."""
+        endpoint, limit = self._endpoint(name), MAX_BYTES[kind]
+        dedicated = endpoint.dedicated_endpoint_enabled
+        check(dedicated == (kind == "dedicated"), f"{name} is {'' if dedicated else 'not '}a dedicated endpoint.",
+              exceptions.FailedPrecondition)  # fmt: skip
+        check(len(body) <= limit, f"Request payload size exceeds the limit: {limit} bytes.")
+        with self.lock:
+            split = dict(endpoint.traffic_split)
+            check(split, f"{name} has no deployed model that takes traffic.", exceptions.FailedPrecondition)
+            id = random.choices(list(split), weights=split.values())[0]
+            deployed = next(d for d in endpoint.deployed_models if d.id == id)
+        model = self._model(deployed.model)
+        predictions = self.containers[id].predict(model.container_spec.predict_route or "/v1/predict", body)
+        size = len(json.dumps(predictions))
+        check(size <= limit, f"Response size too large. Received at least {size} bytes; max is {limit}.")
+        served = {"deployed_model_id": id, "model": model.name, "model_version_id": model.version_id,
+                  "model_display_name": model.display_name}  # fmt: skip
+        return predictions, served
+
+    # Batch prediction
+
+    def CreateBatchPredictionJob(self, request: types.CreateBatchPredictionJobRequest) -> types.BatchPredictionJob:
+        job = request.batch_prediction_job
+        model, source = self._model(job.model), list(job.input_config.gcs_source.uris)
+        destination = job.output_config.gcs_destination.output_uri_prefix
+        check(job.display_name, "batch_prediction_job.display_name is required.")
+        check(job.input_config.instances_format == job.output_config.predictions_format == "jsonl",
+              "This stand-in reads and writes jsonl only.")  # fmt: skip
+        check(source and all(uri.startswith("gs://") for uri in [*source, destination]),
+              "The source and the destination must be gs://…")  # fmt: skip
+        check_machine(job.dedicated_resources.machine_spec)
+        job.name = f"{PARENT}/batchPredictionJobs/{new_id()}"
+        job.model, job.create_time, job.state = model.name, time_now(), types.JobState.JOB_STATE_PENDING
+        self.jobs[job.name] = job
+        self.workers.submit(self._run_job, job, model, source, destination)
+        return job
+
+    def _run_job(self, job, model: types.Model, source: list[str], destination: str) -> None:
+        """Sends every line of the source to a server of its own, `batch_size` lines a request, and writes one file of
+        results and one of errors, both JSONL, as the service names them."""
+        id = job.name.split("/")[-1]
+        route = model.container_spec.predict_route or "/v1/predict"
+        parameters = json_format.MessageToDict(job._pb.model_parameters) if job._pb.HasField("model_parameters") else 0
+        results, errors = [], []
+        try:
+            job.state, job.start_time = types.JobState.JOB_STATE_RUNNING, time_now()
+            client = storage.Client(project=PROJECT)
+            text = "\n".join(storage.Blob.from_uri(uri, client).download_as_text() for uri in source)
+            instances = [json.loads(line) for line in text.splitlines() if line.strip()]
+            container = self._start(model, id)
+            size = job.manual_batch_tuning_parameters.batch_size or 64
+            for i in range(0, len(instances), size):
+                batch = instances[i : i + size]
+                body = json.dumps({"instances": batch} | ({"parameters": parameters} if parameters else {})).encode()
+                try:
+                    predictions = container.predict(route, body, timeout=600)
+                    results += [{"instance": a, "prediction": p} for a, p in zip(batch, predictions, strict=True)]
+                except exceptions.GoogleAPICallError as e:
+                    errors += [{"instance": a, "error": {"code": 3, "message": e.message}} for a in batch]
+            folder = f"{destination.rstrip('/')}/prediction-{model.display_name}-{time.strftime('%Y_%m_%dT%H_%M_%S')}"
+            for name, rows in ("prediction.results", results), ("prediction.errors_stats", errors):
+                blob = storage.Blob.from_uri(f"{folder}/{name}-00000-of-00001", client)
+                blob.upload_from_string("".join(json.dumps(row) + "\n" for row in rows))
+            job.output_info.gcs_output_directory = folder
+            job.completion_stats = types.CompletionStats(successful_count=len(results), failed_count=len(errors))
+            check(results, f"All {len(errors)} instances failed; see {folder}.")
+            job.state = types.JobState.JOB_STATE_SUCCEEDED
+        except Exception as e:  # whatever it is, the job ends and says why
+            job.error.code, job.error.message, job.state = 3, str(e), types.JobState.JOB_STATE_FAILED
+        finally:
+            job.end_time = time_now()
+            if id in self.containers:
+                self.containers.pop(id).stop()
+
+    def GetBatchPredictionJob(self, request: types.GetBatchPredictionJobRequest) -> types.BatchPredictionJob:
+        check(request.name in self.jobs, f"{request.name} does not exist.", exceptions.NotFound)
+        return self.jobs[request.name]
+
+    def ListBatchPredictionJobs(self, request: types.ListBatchPredictionJobsRequest):
+        return types.ListBatchPredictionJobsResponse(batch_prediction_jobs=matching(self.jobs.values(), request.filter))
+
+    def DeleteBatchPredictionJob(self, request: types.DeleteBatchPredictionJobRequest) -> operations_pb2.Operation:
+        job = self.GetBatchPredictionJob(request)
+        check(job.end_time, f"{job.name} is still running: cancel it first.", exceptions.FailedPrecondition)
+        del self.jobs[job.name]
+        return self._done(empty_pb2.Empty())
+
+    # Long-running operations
+
+    def GetOperation(self, request: operations_pb2.GetOperationRequest) -> operations_pb2.Operation:
+        check(request.name in self.operations, f"{request.name} does not exist.", exceptions.NotFound)
+        return self.operations[request.name]
+
+    def _done(self, result) -> operations_pb2.Operation:
+        response = any_pb2.Any()
+        response.Pack(type(result).pb(result) if hasattr(type(result), "pb") else result)
+        return operations_pb2.Operation(name=f"{PARENT}/operations/{new_id()}", done=True, response=response)
+
+    def _later(self, work) -> operations_pb2.Operation:
+        operation = operations_pb2.Operation(name=f"{PARENT}/operations/{new_id()}")
+        self.operations[operation.name] = operation
+
+        def run() -> None:
+            finished = operations_pb2.Operation(name=operation.name, done=True)
+            try:
+                finished.response.CopyFrom(self._done(work()).response)
+            except Exception as e:  # the operation carries it to the client
+                finished.error.code = getattr(e, "grpc_status_code", None).value[0] if is_api_error(e) else 13
+                finished.error.message = getattr(e, "message", str(e))
+            self.operations[operation.name] = finished
+
+        self.workers.submit(run)
+        return operation
+
+    def stop(self) -> None:
+        for container in list(self.containers.values()):
+            container.stop()
+        self.workers.shutdown(cancel_futures=True)
+
+
+def check_machine(spec: types.MachineSpec) -> None:
+    check(spec.machine_type, "machine_spec.machine_type is required.")
+    if spec.accelerator_type:
+        name = spec.accelerator_type.name
+        check(spec.accelerator_count > 0, "accelerator_count is required with accelerator_type.")
+        check(spec.machine_type.startswith(ACCELERATORS.get(name, "")),
+              f"{name} needs a {ACCELERATORS.get(name)}* machine, not {spec.machine_type}.")  # fmt: skip
+
+
+def matching(resources, filter: str) -> list:
+    wanted = re.fullmatch(r'\s*(?:display_name|displayName)\s*=\s*"([^"]*)"\s*', filter or 'display_name=""')
+    check(wanted, f"This stand-in cannot read the filter {filter!r}.")
+    return [r for r in resources if not filter or r.display_name == wanted[1]]
+
+
+def is_api_error(e: Exception) -> bool:
+    return isinstance(e, exceptions.GoogleAPICallError) and e.grpc_status_code is not None
+
+
+def tail(log: Path, lines: int = 5) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def time_now() -> timestamp_pb2.Timestamp:
+    now = timestamp_pb2.Timestamp()
+    now.GetCurrentTime()
+    return now
+
+
+# The two doors: gRPC for the API, HTTPS for tokens and for dedicated endpoints.
+
+
+class Methods(grpc.GenericRpcHandler):
+    """Leads `/google.cloud.aiplatform.v1.….Service/Method` to `VertexAI.Method`; asks each call for a valid token."""
+
+    def __init__(self, service: VertexAI, verify) -> None:
+        self.service_, self.verify = service, verify
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+        name = details.method.rsplit("/", 1)[-1]
+        method = getattr(self.service_, name, None)
+        if method is None or not name[0].isupper():
+            return None  # gRPC answers UNIMPLEMENTED
+        request_type = getattr(types, f"{name}Request", None) or getattr(operations_pb2, f"{name}Request")
+
+        def call(request, context: grpc.ServicerContext):
+            try:
+                self.verify(dict(context.invocation_metadata()).get("authorization", ""))
+                return method(request)
+            except exceptions.GoogleAPICallError as e:
+                context.abort(e.grpc_status_code or grpc.StatusCode.INTERNAL, e.message)
+
+        return grpc.unary_unary_rpc_method_handler(
+            call,
+            request_deserializer=getattr(request_type, "deserialize", None) or request_type.FromString,
+            response_serializer=lambda m: m.SerializeToString() if hasattr(m, "DESCRIPTOR") else type(m).serialize(m),
+        )
+
+
+def https_server(service: VertexAI, verify, token: str, tls: ssl.SSLContext) -> http.server.ThreadingHTTPServer:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            try:
+                if self.path == "/token":  # OAuth's exchange of a signed assertion for an access token
+                    self.answer(200, {"access_token": token, "expires_in": 3600, "token_type": "Bearer"})
+                    return
+                verify(self.headers.get("Authorization", ""))
+                name = re.fullmatch(r"/v1/(projects/.+):predict", self.path)
+                check(name, f"{self.path} is not served here.", exceptions.NotFound)
+                predictions, served = service._predict(name[1], body, "dedicated")
+                camel = {"deployed_model_id": "deployedModelId", "model_version_id": "modelVersionId",
+                         "model_display_name": "modelDisplayName", "model": "model"}  # fmt: skip
+                self.answer(200, {"predictions": predictions} | {camel[k]: v for k, v in served.items()})
+            except exceptions.GoogleAPICallError as e:
+                status = e.grpc_status_code.name if e.grpc_status_code else "INTERNAL"
+                self.answer(e.code, {"error": {"code": e.code, "message": e.message, "status": status}})
+
+        def answer(self, status: int, content: dict) -> None:
+            data = json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *args) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.socket = tls.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+@contextlib.contextmanager
+def vertex_ai(images: dict[str, Path | str], bucket: str = "local-bucket") -> Iterator[VertexAI]:
+    """Runs the stand-in on loopback, and points this process (and those it starts) at it by the environment variables
+    that Google's libraries read. `images` maps an image URI to the model store that the image holds."""
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vertex-")))
+        service = VertexAI({image: Path(store).resolve() for image, store in images.items()}, folder)
+        stack.callback(service.stop)
+        atexit.register(service.stop)
+        stack.callback(atexit.unregister, service.stop)
+
+        root = folder / "root.pem"
+        authority().cert_pem.write_to_path(str(root))
+        certificate = authority().issue_cert("localhost", "127.0.0.1")
+        account = authority().issue_cert("tester@example.com", key_type=trustme.KeyType.RSA)
+        token = secrets.token_urlsafe()
+
+        def verify(authorization: str) -> None:
+            sent = authorization.removeprefix("Bearer ")
+            try:
+                if sent != token:
+                    jwt.decode(sent, account.cert_chain_pems[0].bytes())
+            except Exception as e:
+                raise exceptions.Unauthenticated("Request had invalid authentication credentials.") from e
+
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        certificate.configure_cert(tls)
+        web = https_server(service, verify, token, tls)
+        stack.callback(web.server_close)
+        stack.callback(web.shutdown)
+        service.dedicated_dns = f"localhost:{web.server_port}"
+
+        credentials = grpc.ssl_server_credentials(
+            [(certificate.private_key_pem.bytes(), certificate.cert_chain_pems[0].bytes())]
+        )
+        server = grpc.server(ThreadPoolExecutor(16), options=[("grpc.max_receive_message_length", -1)])
+        server.add_generic_rpc_handlers((Methods(service, verify),))
+        service.api_endpoint = f"localhost:{server.add_secure_port('127.0.0.1:0', credentials)}"
+        server.start()
+        stack.callback(lambda: server.stop(grace=1).wait())
+
+        key = {
+            "type": "service_account", "project_id": PROJECT, "private_key_id": "local",
+            "private_key": account.private_key_pem.bytes().decode(), "client_email": "tester@example.com",
+            "token_uri": f"https://{service.dedicated_dns}/token",
+        }  # fmt: skip
+        (folder / "key.json").write_text(json.dumps(key))
+        (folder / "key.json").chmod(0o600)
+
+        [port] = free_ports(1)
+        stack.enter_context(create_storage_emulator("127.0.0.1", port, in_memory=True, default_bucket=bucket))
+        stack.enter_context(environment(
+            GOOGLE_APPLICATION_CREDENTIALS=str(folder / "key.json"),
+            GOOGLE_CLOUD_PROJECT=PROJECT,
+            AI_PLATFORM_API_ENDPOINT=service.api_endpoint,
+            STORAGE_EMULATOR_HOST=f"http://127.0.0.1:{port}",
+            GRPC_DEFAULT_SSL_ROOTS_FILE_PATH=str(root),
+            REQUESTS_CA_BUNDLE=str(root),
+            NO_PROXY="localhost,127.0.0.1",
+        ))  # fmt: skip
+        yield service
+
+
+@contextlib.contextmanager
+def environment(**variables: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
