@@ -25,8 +25,8 @@ test: .venv/installed ## run the tests
 serve: .venv/installed ## serve model_store/fastunet.mar on 127.0.0.1: PORT= MANAGEMENT_PORT= METRICS_PORT= AUTH=1
 	@exec $(PY) -m deployment.serve --port $(PORT) --management-port $(MANAGEMENT_PORT) --metrics-port $(METRICS_PORT) $(if $(AUTH),--auth)
 
-bench: .venv/installed ## measure against peers and the limit: CONTENDERS=baseline,eager,… CLIENTS=1,8 PHOTOS=FOLDER
-	@$(PY) -m benchmark.run $(if $(CONTENDERS),--contenders $(CONTENDERS)) $(if $(CLIENTS),--clients $(CLIENTS)) $(if $(PHOTOS),--photos "$(PHOTOS)")
+bench: .venv/installed ## measure against peers and the limit: CONTENDERS=baseline,eager,… CLIENTS=1,8 PHOTOS= CALIBRATE=
+	@$(PY) -m benchmark.run $(if $(CONTENDERS),--contenders $(CONTENDERS)) $(if $(CLIENTS),--clients $(CLIENTS)) $(if $(PHOTOS),--photos "$(PHOTOS)") $(if $(CALIBRATE),--calibrate "$(CALIBRATE)")
 
 soak: .venv/installed ## the long tests: malformed requests by the thousand, a killed worker, 15 minutes of load
 	@$(PY) -m pytest -m soak -s
@@ -46,7 +46,7 @@ lint: .venv/installed ## check the style
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
 
 clean: ## remove what the pipeline wrote; keep the environment
-	rm -rf model_store/* logs .pytest_cache .ruff_cache .hypothesis
+	rm -rf model_store/* data logs .pytest_cache .ruff_cache .hypothesis
 
 # The first Python of a supported version makes the environment; uv, from PyPI, fills it.
 .venv/installed: requirements.txt constraints.txt

@@ -599,8 +599,8 @@ def draw_scene(seed: int, size: tuple[int, int] = (96, 128)) -> tuple[Image.Imag
         if row is terrace and side == c.sun_side:
             c.shadow(*sorted((side * edge, side * (edge + 1))), NEAR, 95, rng.uniform(3, 9))
 
-    grey = rng.uniform(88, 128)
-    road, slab = (grey, grey, grey + rng.uniform(0, 8)), np.array((172, 166, 158)) * rng.uniform(0.82, 1.12)
+    grey = rng.uniform(80, 118)
+    road, slab = (grey, grey, grey + rng.uniform(0, 8)), np.array((172, 166, 158)) * rng.uniform(0.92, 1.14)
     c.flat(-half, half, NEAR, 130, road, "Road")
     for side in (-1, 1):
         x0, x1 = sorted((side * half, side * edge))
@@ -628,13 +628,13 @@ def draw_scene(seed: int, size: tuple[int, int] = (96, 128)) -> tuple[Image.Imag
     # what stands on the pavement, between the kerb and the walls
     for side in (-1, 1):
         leafy, parked = rng.random() < 0.4, rng.random() < 0.65
-        for z in np.arange(rng.uniform(5, 14), 80, rng.uniform(11, 18)):
+        for z in np.arange(rng.uniform(5, 14), 50, rng.uniform(13, 20)):
             things.append((z, lamp, (c, rng, side * (half + 0.35), z, -side)))
             if leafy:
                 things.append((z + 5, tree, (c, rng, side * (half + 0.5), z + 5, rng.uniform(4, 6.5))))
-        for z in rng.uniform(6, 40, rng.integers(1, 4)):
+        for z in rng.uniform(6, 28, rng.integers(1, 3)):
             things.append((z, sign, (c, rng, side * (half + rng.uniform(0.3, 0.8)), z)))
-        for z in rng.uniform(5, 40, rng.integers(1, 6)):
+        for z in rng.uniform(5, 28, rng.integers(1, 5)):
             things.append((z, person, (c, rng, side * rng.uniform(half + 0.6, edge - 0.5), z)))
         for z in rng.uniform(5, 30, rng.integers(0, 3)):
             things.append((z, bin_, (c, rng, side * (edge - 0.5), z)))
@@ -666,7 +666,7 @@ def finish(c, rng, size, scale):
     ground = np.isin(index, [CODES.index("Road"), CODES.index("Sidewalk"), CODES.index("Tree")])
     shade = np.asarray(c.shade.filter(ImageFilter.GaussianBlur(c.w / 250))).astype(np.float32) / 255
     picture *= (1 - c.depth * shade * ground)[..., None]
-    strength = np.full(len(CODES), 0.05, np.float32)
+    strength = np.full(len(CODES), 0.04, np.float32)
     strength[[CODES.index(n) for n in ("Sky", "Tree", "Road")]] = 0.0, 0.3, 0.06
     fine = noise(rng, c.h, c.w, 90 * 4 // scale, 2)
     picture *= 1 + (strength[index] * fine)[..., None]
@@ -674,6 +674,6 @@ def finish(c, rng, size, scale):
     height, width = size
     small = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8)).resize((width, height), Image.Resampling.BOX)
     values = (np.asarray(small).astype(np.float32) - 118) * rng.uniform(0.9, 1.1) + 118 + rng.uniform(-10, 10)
-    values += rng.normal(0, rng.uniform(1, 5), (height, width, 1)) + rng.normal(0, 1.5, (height, width, 3))
+    values += rng.normal(0, rng.uniform(0.5, 3), (height, width, 1)) + rng.normal(0, 1, (height, width, 3))
     values = Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
     return values, c.mask.resize((width, height), Image.Resampling.NEAREST)
