@@ -594,7 +594,7 @@ def draw_scene(seed: int, size: tuple[int, int] = (96, 128)) -> tuple[Image.Imag
         else:
             c.front(x0, x1, 0, height, 125, pick(rng, PAINT[:8]), "Building", 0.9)
     for side in (-1, 1):
-        row = pick(rng, [terrace, terrace, houses, houses, park])
+        row = pick(rng, [terrace, terrace, terrace, houses, park])
         things += row(c, rng, side, edge)
         if row is terrace and side == c.sun_side:
             c.shadow(*sorted((side * edge, side * (edge + 1))), NEAR, 95, rng.uniform(3, 9))
@@ -628,13 +628,13 @@ def draw_scene(seed: int, size: tuple[int, int] = (96, 128)) -> tuple[Image.Imag
     # what stands on the pavement, between the kerb and the walls
     for side in (-1, 1):
         leafy, parked = rng.random() < 0.4, rng.random() < 0.65
-        for z in np.arange(rng.uniform(5, 14), 50, rng.uniform(13, 20)):
+        for z in np.arange(rng.uniform(6, 20), 50, rng.uniform(24, 36)):
             things.append((z, lamp, (c, rng, side * (half + 0.35), z, -side)))
             if leafy:
                 things.append((z + 5, tree, (c, rng, side * (half + 0.5), z + 5, rng.uniform(4, 6.5))))
         for z in rng.uniform(6, 28, rng.integers(1, 3)):
             things.append((z, sign, (c, rng, side * (half + rng.uniform(0.3, 0.8)), z)))
-        for z in rng.uniform(5, 28, rng.integers(1, 5)):
+        for z in rng.uniform(5, 28, rng.integers(1, 4)):
             things.append((z, person, (c, rng, side * rng.uniform(half + 0.6, edge - 0.5), z)))
         for z in rng.uniform(5, 30, rng.integers(0, 3)):
             things.append((z, bin_, (c, rng, side * (edge - 0.5), z)))
