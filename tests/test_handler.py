@@ -232,7 +232,7 @@ limit = address_space + {extra} * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
 together = answers(unet, context, *photos)
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-print(json.dumps([passes, [status for status, _ in together], [json.loads(body)['shape'] for _, body in together]]))
+print(json.dumps([passes, [status for status, _ in together], [json.loads(body).get('shape') for _, body in together]]))
 """
 
 
@@ -250,7 +250,10 @@ def run_with_memory(store: Path, extra: int) -> tuple[list, list, list]:
 
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_AS"), reason="no limit on address space here")
 def test_out_of_memory_halves_the_batch(model_store):
-    passes, statuses, shapes = run_with_memory(model_store, extra=120)
+    for extra in range(120, 720, 60):  # how much one photo needs differs between machines and builds of torch
+        passes, statuses, shapes = run_with_memory(model_store, extra)
+        if statuses == [200] * 4:
+            break
     assert passes[:2] == [4, 2] and passes.count(4) == 1, passes
     assert statuses == [200] * 4 and shapes == [[160, 224]] * 4
 
