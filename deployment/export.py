@@ -564,7 +564,8 @@ def predict(learner, model, data) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     seen = []
     hook = model.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
     try:
-        with learner.no_bar(), learner.no_logging():
+        # Without the recorder, whose metrics may be stand-ins: a prediction needs none of them.
+        with learner.no_bar(), learner.no_logging(), learner.removed_cbs(learner.recorder):
             mask = learner.get_preds(dl=data, with_decoded=True)[-1]
     finally:
         hook.remove()
