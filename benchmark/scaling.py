@@ -3,7 +3,7 @@
 Everything is measured in process, with the same functions that the handler calls. The README has the formula:
 
     cost of an answer = read(photo pixels) + forward(architecture, model pixels, classes) / speed-up(threads) + server
-    requests/s of a replica = 1 / cost, and replicas = ceil(load / (0.7 × requests/s of a replica))
+    requests/s of a replica = 1 / cost, and replicas = ceil(load / (0.6 × requests/s of a replica))
 """
 
 import argparse
@@ -80,9 +80,13 @@ def forward(arch: str, n_classes: int, img_size: tuple[int, int], threads: int =
     }
 
 
-def replicas(load: float, per_replica: float, headroom: float = 0.7) -> int:
-    """How many replicas answer `load` requests/s, when each does `per_replica` at best and is used up to `headroom`."""
-    return math.ceil(load / (headroom * per_replica))
+def replicas(load: float, per_replica: float, used: float = 0.6) -> int:
+    """How many replicas answer `load` requests/s, when each does `per_replica` at best.
+
+    `used` is the share of that at which the autoscaler adds a replica: `python -m deployment.ai_platform deploy
+    --target 60` is the default.
+    """
+    return math.ceil(load / (used * per_replica))
 
 
 def show(title: str, rows: Iterator[dict]) -> list[dict]:

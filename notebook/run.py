@@ -17,6 +17,7 @@ import papermill
 from papermill.exceptions import PapermillExecutionError
 
 HERE = Path(__file__).parent
+BAR = "{desc}{bar:30} {n_fmt}/{total_fmt} cells, {elapsed}"
 
 
 def run(notebook: Path, output: Path, parameters: dict[str, str]) -> nbformat.NotebookNode:
@@ -32,7 +33,8 @@ def run(notebook: Path, output: Path, parameters: dict[str, str]) -> nbformat.No
         parameters={name: parameters[name] for name in known},
         cwd=HERE,
         kernel_name="python3",
-        progress_bar={"desc": notebook.stem, "bar_format": "{desc}: {bar:30} {n_fmt}/{total_fmt} cells, {elapsed}"},
+        extra_arguments=["--IPKernelApp.log_level=40"],  # it warns that it listens on loopback
+        progress_bar={"desc": f"{notebook.stem}: ", "bar_format": BAR},
     )
     return nbformat.read(output, as_version=4)
 

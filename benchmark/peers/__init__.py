@@ -31,7 +31,7 @@ def load(model_dir: str) -> UnetHandler:
 
 def read(handler: UnetHandler, body: bytes) -> Photo:
     """The photo in `body`, as the tensor that the model takes."""
-    return handler.read_photo(body, Job([]), handler.max_pixels)
+    return handler.read_photo(body, Job([], pixels=handler.max_pixels))
 
 
 def answer(handler: UnetHandler, photo: Photo) -> bytes:
