@@ -368,10 +368,10 @@ class UnetHandler:
         gpu = properties.get("gpu_id")
         self.device = torch.device(f"cuda:{gpu}" if torch.cuda.is_available() and gpu is not None else "cpu")
         self.config = config = context.model_yaml_config["handler"]
-        # On a CPU a batch takes PyTorch as long as its photos one by one, and rounds a few logits differently: a mask
-        # could then depend on who else asks at the moment. OpenVINO rounds the same in any batch.
+        # On a CPU a batch takes as long as its photos one by one, and rounds a few logits differently: a mask could
+        # then depend on who else asks at the moment.
         batch_size = properties.get("batch_size") or 1
-        self.photos_at_once = 1 if self.device.type == "cpu" and config["runtime"] != "openvino" else batch_size
+        self.photos_at_once = 1 if self.device.type == "cpu" else batch_size
         self.n_in = config["options"].get("n_in", 3)
         self.own_size = not config["resize"] and not any(options["size"] for options in config.get("affine") or ())
         # The network holds about 2 kB for each pixel that it sees; without a resize it sees all of the photo's.

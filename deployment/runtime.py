@@ -5,9 +5,11 @@ that `python -m deployment.export … --runtime openvino` calls: it writes OpenV
 and measures it beside the original. Each optional package is imported only where it is used.
 """
 
+import contextlib
 import importlib
 import os
 import re
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -85,8 +87,8 @@ def check(runtime: str, precision: str) -> None:
 def load(config: dict, model_dir: Path | str, device: torch.device, max_batch: int = 8) -> Callable[[Tensor], Tensor]:
     """The model in `model_dir` as a function from photos, float32 (N, channels, H, W), to classes, uint8 (N, H, W).
 
-    `config` is the section `handler` of `model-config.yaml`. The function is warm: it has run already. It uses as many
-    threads as torch does, which OMP_NUM_THREADS sets. A GPU takes batches up to `max_batch` in one piece.
+    `config` is the section `handler` of `model-config.yaml`. The function is warm: it has run already. Its threads go
+    by torch's, which OMP_NUM_THREADS sets. A GPU takes batches up to `max_batch` in one piece.
 
     Raises:
         RuntimeUnavailable: a package is missing, or runtime, precision and device do not go together.
@@ -95,7 +97,7 @@ def load(config: dict, model_dir: Path | str, device: torch.device, max_batch: i
     runtime, precision = config["runtime"], config["precision"]
     check(runtime, precision)
     if runtime == "openvino":
-        predict = openvino_model(find(model_dir, "*.xml"))
+        predict = openvino_models(find(model_dir, "*.xml"), torch.get_num_threads())
         torch.set_num_threads(1)  # torch only makes tensors here: its threads would spin beside OpenVINO's
         sizes = [1]
     else:
@@ -153,8 +155,41 @@ def compiled_model(
     return predict
 
 
+def openvino_models(path: Path, share: int) -> Callable[[Tensor], Tensor]:
+    """The model at `path`, as `load` returns it, with more threads for a photo while other workers have nothing to do.
+
+    `share` is this worker's part of the cores. Threads that wait for each other on busy cores cost a tenth of the
+    throughput, so under load it is not exceeded. A lone photo finds idle cores, and is ready almost twice as fast with
+    twice the threads. The workers tell each other by a lock on the model's file, and by its time where one was refused.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    together = openvino_model(path, share)
+    if share >= cores:
+        return together
+    import fcntl
+
+    alone, file = openvino_model(path, min(2 * share, cores)), path.open()
+
+    def under_load() -> bool:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # another worker computes at this moment
+            with contextlib.suppress(OSError):  # on a read-only disk
+                os.utime(path)
+        return time.time() - path.stat().st_mtime < 1
+
+    def predict(batch: Tensor) -> Tensor:
+        masks = []
+        for x in batch.split(1):
+            masks.append(together(x) if under_load() else alone(x))
+            fcntl.flock(file, fcntl.LOCK_UN)
+        return torch.cat(masks)
+
+    return predict
+
+
 def openvino_model(model, threads: int | None = None) -> Callable[[Tensor], Tensor]:
-    """What `convert` made, a path or a model in memory, as `load` returns it."""
+    """What `convert` made, a path or a model in memory, as `load` returns it; with `threads`, else as many as torch."""
     compiled = (
         optional("openvino")
         .Core()
@@ -172,7 +207,7 @@ def openvino_model(model, threads: int | None = None) -> Callable[[Tensor], Tens
     request = compiled.create_infer_request()
 
     def predict(batch: Tensor) -> Tensor:
-        return torch.from_numpy(request.infer([batch.numpy()], share_inputs=True)[0])
+        return torch.cat([torch.from_numpy(request.infer([x.numpy()], share_inputs=True)[0]) for x in batch.split(1)])
 
     return predict
 
@@ -241,15 +276,18 @@ def convert(
 
 
 def to_openvino(model: torch.nn.Module, config: dict):
-    """`model` as an OpenVINO model whose batch size is free, and height and width too where photos keep their own."""
+    """`model` as an OpenVINO model of one photo, whose height and width are free where photos keep their own.
+
+    A fixed shape is a few percent faster than a free one, and a batch no faster than its photos one by one.
+    """
     ov = optional("openvino")
     h, w = config["img_size"]
-    shape = [-1, n_in(config), h, w]
+    shape = [1, n_in(config), h, w]
     if own_size(config):  # tracing keeps what it saw: with odd sides every step up resizes, as some photos need it
-        shape, h, w = [-1, n_in(config), -1, -1], h | 1, w | 1
+        shape, h, w = [1, n_in(config), -1, -1], h | 1, w | 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # of just that
-        return ov.convert_model(model, example_input=torch.rand(2, n_in(config), h, w), input=shape)
+        return ov.convert_model(model, example_input=torch.rand(1, n_in(config), h, w), input=shape)
 
 
 def quantized(base, config: dict, train: list[Path], inputs, labels, original, max_drop: float) -> Iterator:

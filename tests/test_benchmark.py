@@ -122,7 +122,7 @@ def test_results_have_the_promised_form(tmp_path, monkeypatch, server):
     rows = [load.run(server.url, PHOTOS, 2, 0.2, same, warm_up=0) for _ in range(3)]
     extra = {"cpu_cores": 1.5, "memory_mb": 700, "start_up_s": 3.2, "agreement": 1.0}
     served = run.median([row | extra for row in rows])
-    alone = run.median([{**rows[0], "streams": 2, "batch": 1}])
+    alone = run.median([{**rows[0], "streams": 2}])
     results = dict.fromkeys(("baseline", "eager"), {"1": served, "8": served}) | {"limit": {"1": alone, "8": alone}}
     monkeypatch.setattr(run, "RESULTS", tmp_path / "results.json")
     run.save(results)

@@ -1,5 +1,7 @@
 """The runtimes beside plain PyTorch: same masks, refusal where accuracy is lost, clear words where a package lacks."""
 
+import fcntl
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -152,6 +154,29 @@ def test_openvino_masks_do_not_depend_on_the_batch(int8):
     predict = runtime.load(config, folder, CPU)
     together, alone = predict(photos(5)), torch.cat([predict(x[None]) for x in photos(5)])
     assert torch.equal(together, alone)
+
+
+def test_openvino_takes_more_threads_only_while_no_other_worker_computes(int8, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    used, model = [], runtime.openvino_model
+
+    def watched(path, threads):
+        predict = model(path, threads)
+        return lambda x: (used.append(threads), predict(x))[1]
+
+    monkeypatch.setattr(runtime, "openvino_model", watched)
+    path = int8[1] / "fastunet.xml"
+    predict = runtime.openvino_models(path, 1)
+    os.utime(path, (0, 0))
+    alone = predict(photos(2))
+    with path.open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)  # another worker computes
+        together = predict(photos(2))
+    just_after = predict(photos(2))
+    os.utime(path, (0, 0))
+    later = predict(photos(2))
+    assert used == [2, 2, 1, 1, 1, 1, 2, 2]
+    assert all(torch.equal(alone, masks) for masks in (together, just_after, later))
 
 
 def test_refuses_int8_that_loses_accuracy_and_keeps_what_was_there(weights, data, int8, tmp_path, monkeypatch):
