@@ -46,7 +46,7 @@ def report(executed: nbformat.NotebookNode) -> str:
 
 
 def write_outputs(executed: nbformat.NotebookNode, notebook: Path) -> None:
-    """Replace `notebook` by `executed`, less what the run itself added: parameters, times and paths."""
+    """Replace `notebook` by `executed`, less what the run itself added: parameters, times, and whose home it was in."""
     executed.metadata.pop("papermill", None)
     executed.cells = [c for c in executed.cells if "injected-parameters" not in c.metadata.get("tags", [])]
     for count, cell in enumerate((c for c in executed.cells if c.cell_type == "code"), 1):
@@ -54,6 +54,8 @@ def write_outputs(executed: nbformat.NotebookNode, notebook: Path) -> None:
         for output in cell.outputs:
             if "execution_count" in output:
                 output.execution_count = count
+            if output.output_type == "stream":
+                output.text = output.text.replace(f"{Path.home()}/", "~/")
     for cell in executed.cells:
         for added in ("papermill", "execution"):
             cell.metadata.pop(added, None)
