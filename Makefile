@@ -5,6 +5,8 @@ SHELL := /bin/sh
 .PHONY: help demo test serve bench soak image image-test notebooks lint clean
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# What Python compiles of .venv is kept there, whatever the shell says: it halves the start of everything after the first.
+unexport PYTHONDONTWRITEBYTECODE
 PY := .venv/bin/python
 
 DATA ?= scenes

@@ -234,7 +234,11 @@ def main() -> None:
 
 
 def bench(names: list[str], clients: list[int], args) -> None:
-    """Prepare, measure every contender in turn and again, and write what was found so far after each."""
+    """Prepare, measure every contender in turn and again, and write what was found so far after each.
+
+    Raises:
+        RuntimeError: contenders failed; the others are measured all the same.
+    """
     if {*PEERS} & {*names}:
         contenders.install_peers()
     images = photos(args.photos)
@@ -243,14 +247,18 @@ def bench(names: list[str], clients: list[int], args) -> None:
     contenders.prepare(names, args.model_store, BUILD, args.calibrate or calibration(BUILD / "scenes", size))
     masks = references(args.model_store, names, images)
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    runs = defaultdict(lambda: defaultdict(list))
+    runs, failures = defaultdict(lambda: defaultdict(list)), []
     for _, name in (progress := tqdm([(i, name) for i in range(args.repeat) for name in names], unit="run")):
         progress.set_postfix_str(name)
         if name == "limit":
             command = [sys.executable, "-m", "benchmark.limit", BUILD / FASTEST, str(args.seconds)]
             rows = json.loads(subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True).stdout)
         else:
-            rows = measure(name, clients, images, Check(name, masks), args.seconds)
+            try:
+                rows = measure(name, clients, images, Check(name, masks), args.seconds)
+            except (OSError, RuntimeError) as error:
+                failures.append(f"{name}: {error}")
+                continue
         for n, row in rows.items():
             runs[name][n].append(row)
             results.setdefault(name, {})[n] = median(runs[name][n])
@@ -259,6 +267,8 @@ def bench(names: list[str], clients: list[int], args) -> None:
     plot(shown, RESULTS.with_suffix(".png"))
     print(f"{cores()} cores, {cpu_name()}; {args.repeat} starts each, {args.seconds:g} s per figure, medians")
     print(table(shown))
+    if failures:
+        raise RuntimeError("\n".join(failures))
 
 
 def cpu_name() -> str:

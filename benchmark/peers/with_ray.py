@@ -30,6 +30,7 @@ class Segment:
 
 if __name__ == "__main__":
     model_dir, port = sys.argv[1:]
+    os.environ["RAY_raylet_start_wait_time_s"] = "120"  # the first start reads much from disk
     stopped = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     ray.init(_node_ip_address="127.0.0.1", include_dashboard=False, log_to_driver=False)
