@@ -280,13 +280,20 @@ class PixelAccuracy(Metric):
 # --- what the reader sees ---
 
 
-def show_segmentation(photo: Image.Image | None, masks: Mapping[str, np.ndarray], codes: Sequence[str]) -> None:
+def show_segmentation(
+    photo: Image.Image | None, masks: Mapping[str, np.ndarray], codes: Sequence[str], file: Path | None = None
+) -> None:
     """Draw a photo (or none) and masks, (H, W) of class indices, side by side, with the colours' names below."""
-    show_rows([({} if photo is None else {"photo": photo}) | dict(masks)], codes)
+    show_rows([({} if photo is None else {"photo": photo}) | dict(masks)], codes, file)
 
 
-def show_rows(rows: Sequence[Mapping[str, np.ndarray | Image.Image]], codes: Sequence[str]) -> None:
-    """Draw rows of pictures, each {title: picture}: (H, W) is a mask, (H, W, 3) or a PIL picture is a photo."""
+def show_rows(
+    rows: Sequence[Mapping[str, np.ndarray | Image.Image]], codes: Sequence[str], file: Path | None = None
+) -> None:
+    """Draw rows of pictures, each {title: picture}: (H, W) is a mask, (H, W, 3) or a PIL picture is a photo.
+
+    With `file`, the drawing is written there as well.
+    """
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
 
@@ -305,4 +312,8 @@ def show_rows(rows: Sequence[Mapping[str, np.ndarray | Image.Image]], codes: Seq
                 ax.set_title(title)
     patches = [Patch(color=colours[i] / 255, label=codes[i]) for i in shown]
     fig.legend(handles=patches, loc="outside lower center", ncols=min(len(shown), 3 * n), frameon=False, fontsize=8)
+    if file:
+        part = file.with_suffix(".part")
+        fig.savefig(part, format="png")
+        os.replace(part, file)
     plt.show()
