@@ -305,11 +305,11 @@ def show_rows(
     n = len(rows[0])
     fig, axes = plt.subplots(len(rows), n, figsize=(3.6 * n, 2.8 * len(rows)), squeeze=False, layout="constrained")
     for row, line in zip(rows, axes, strict=True):
-        for (title, picture), ax in zip(row.items(), line, strict=True):
+        for picture, ax in zip(row.values(), line, strict=True):
             ax.imshow(colours[picture] if picture.ndim == 2 else picture, interpolation="nearest")
             ax.set_axis_off()
-            if line is axes[0]:
-                ax.set_title(title)
+    for title, ax in zip(rows[0], axes[0], strict=True):
+        ax.set_title(title)
     patches = [Patch(color=colours[i] / 255, label=codes[i]) for i in shown]
     fig.legend(handles=patches, loc="outside lower center", ncols=min(len(shown), 3 * n), frameon=False, fontsize=8)
     if file:

@@ -293,3 +293,21 @@ def test_a_model_that_knows_the_answer_scores_one(folder):
     )
     with learn.no_bar(), learn.no_logging():
         assert learn.validate()[1] == 1.0
+
+
+# --- the pictures ---
+
+
+def test_pictures_have_titles_and_the_names_of_the_colours(tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    monkeypatch.setattr(plt, "show", lambda: None)
+    photo, mask = draw_scene(3, (48, 64))
+    file = tmp_path / "figure.png"
+    camvid.show_segmentation(photo, {"mask": np.array(mask)}, CODES, file)
+    figure = plt.gcf()
+    assert [axes.get_title() for axes in figure.axes] == ["photo", "mask"]
+    names = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert names == {CODES[i] for i in np.unique(np.array(mask))}
+    plt.close(figure)
+    assert Image.open(file).size[0] > 500 and list(tmp_path.iterdir()) == [file]
