@@ -206,7 +206,6 @@ def test_holds_what_serving_needs_and_no_more(image, container):
         root = Path(buildah("mount", name).strip())
         assert sorted(p.name for p in (root / "app").rglob("*") if p.is_file()) == sorted(
             [
-                ".gitkeep",
                 "__init__.py",
                 "config.properties",
                 "fastunet.mar",
