@@ -33,7 +33,7 @@ CONFIG_HEAD = """\
 # How many workers run is not said here: deployment/serve.py decides it by the machine's cores.
 batchSize: 4         # requests handed to a worker together, at most; on a GPU 32, which go through the model as one
 maxBatchDelay: 1     # ms that the first of them waits for others (0 would mean 100); those that come while the workers
-                     # compute gather anyway. On two cores 4 and 1 gave a few percent more requests/s than 1 and 1.
+                     # compute gather anyway, and are handed over with one message in place of several
 responseTimeout: 120 # s until a worker that does not answer is restarted
 
 # What deployment/handler.py must know of the learner, read off it by deployment/export.py.

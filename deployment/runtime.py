@@ -158,9 +158,9 @@ def compiled_model(
 def openvino_models(path: Path, share: int) -> Callable[[Tensor], Tensor]:
     """The model at `path`, as `load` returns it, with more threads for a photo while other workers have nothing to do.
 
-    `share` is this worker's part of the cores. Threads that wait for each other on busy cores cost a tenth of the
-    throughput, so under load it is not exceeded. A lone photo finds idle cores, and is ready almost twice as fast with
-    twice the threads. The workers tell each other by a lock on the model's file, and by its time where one was refused.
+    `share` is this worker's part of the cores. Threads that wait for each other on busy cores cost
+    throughput, so under load it is not exceeded. A lone photo finds idle cores, and is ready sooner with twice the
+    threads. The workers tell each other by a lock on the model's file, and by its time where one was refused.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     together = openvino_model(path, share)
@@ -181,8 +181,10 @@ def openvino_models(path: Path, share: int) -> Callable[[Tensor], Tensor]:
     def predict(batch: Tensor) -> Tensor:
         masks = []
         for x in batch.split(1):
-            masks.append(together(x) if under_load() else alone(x))
-            fcntl.flock(file, fcntl.LOCK_UN)
+            try:
+                masks.append(together(x) if under_load() else alone(x))
+            finally:  # an error too must not leave the others waiting for this photo to end
+                fcntl.flock(file, fcntl.LOCK_UN)
         return torch.cat(masks)
 
     return predict
@@ -278,7 +280,7 @@ def convert(
 def to_openvino(model: torch.nn.Module, config: dict):
     """`model` as an OpenVINO model of one photo, whose height and width are free where photos keep their own.
 
-    A fixed shape is a few percent faster than a free one, and a batch no faster than its photos one by one.
+    A fixed shape is faster than a free one, and on a CPU a batch is no faster than its photos one by one.
     """
     ov = optional("openvino")
     h, w = config["img_size"]

@@ -224,6 +224,12 @@ def test_a_notebook_shows_the_message_alone():
     assert len(seen) == 1 and seen[0].startswith("DataError: there is no folder nowhere")
 
 
+def test_thin_things_are_there_but_rare(scenes_folder):
+    masks = np.stack([np.array(Image.open(path)) for path in (scenes_folder / "labels").iterdir()])
+    thin = [CODES.index(name) for name in ("Pole", "SignSymbol", "Fence", "Pedestrian", "Bicyclist")]
+    assert set(thin) <= set(np.unique(masks)) and 0.03 < np.isin(masks, thin).mean() < 0.06
+
+
 # --- the split, the batches, the metric ---
 
 
