@@ -46,6 +46,6 @@ USER serve
 # AIP_HTTP_PORT is AI Platform's name for the port of health checks and predictions; it overrides this default.
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 AIP_HTTP_PORT=8080
 EXPOSE 8080
-# Whether a worker can answer; TorchServe's /ping says 200 some seconds before that.
+# Whether a worker can answer, as /ping says too; the image has no curl.
 HEALTHCHECK --interval=15s --timeout=10s --start-period=3m CMD ["python", "-m", "deployment.serve", "--check"]
 ENTRYPOINT ["python", "-m", "deployment.serve"]

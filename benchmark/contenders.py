@@ -21,7 +21,7 @@ import psutil
 import yaml
 
 from deployment import runtime
-from deployment.serve import cores, free_ports, java, prepare_child, torchserve
+from deployment.serve import cores, free_ports, java, started, torchserve
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -168,26 +168,18 @@ def server(argv: list[str], port: int, timeout: float = 120) -> Iterator[None]:
         env.pop("OMP_NUM_THREADS")  # the baseline leaves this to torch
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch, "log")
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                argv,
-                env=env | {"TMPDIR": scratch},
-                cwd=scratch,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=prepare_child,
-            )
-        try:
-            deadline = time.monotonic() + timeout
-            while not listens(port):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    lines = log.read_text(errors="replace").splitlines()[-30:]
-                    raise RuntimeError("\n".join([f"{' '.join(argv[:4])} … does not listen. Its last lines:", *lines]))
-                time.sleep(0.05)
-            yield
-        finally:
-            end(process)
+        streams = {"stdout": (output := log.open("wb")), "stderr": subprocess.STDOUT}
+        with output, started(argv, env | {"TMPDIR": scratch}, cwd=scratch, **streams) as process:
+            try:
+                deadline = time.monotonic() + timeout
+                while not listens(port):
+                    if process.poll() is not None or time.monotonic() > deadline:
+                        lines = ["Its last lines:", *log.read_text(errors="replace").splitlines()[-30:]]
+                        raise RuntimeError("\n".join([f"{' '.join(argv[:4])} … does not listen.", *lines]))
+                    time.sleep(0.05)
+                yield
+            finally:
+                end(process)
 
 
 def listens(port: int) -> bool:

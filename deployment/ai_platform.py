@@ -63,7 +63,6 @@ def upload(image: str, name: str = "fastunet", artifacts: str | None = None) -> 
     """Registers `image` (in Artifact Registry) as the newest version of the model `name`, and as its default.
 
     With `artifacts`, a `gs://` folder that holds `fastunet.mar`, the container fetches the archive from there.
-    The readiness probe is a command in the container: TorchServe's `/ping` says 200 before a worker can answer.
     """
     from google.api_core import exceptions
     from google.cloud import aiplatform
@@ -78,9 +77,6 @@ def upload(image: str, name: str = "fastunet", artifacts: str | None = None) -> 
             serving_container_predict_route="/predictions/fastunet",
             serving_container_health_route="/ping",
             serving_container_ports=[8080],
-            serving_container_health_probe_exec=["python", "-m", "deployment.serve", "--check"],
-            serving_container_health_probe_period_seconds=10,
-            serving_container_health_probe_timeout_seconds=10,
             artifact_uri=artifacts,
             display_name=name,
             **identity,

@@ -1,13 +1,14 @@
 """Start TorchServe for the archive in a model store: in the foreground, or for the length of a `with` block.
 
 `python -m deployment.serve` stays as the parent of TorchServe's Java process. On SIGTERM, TorchServe alone drops the
-requests in flight; the parent lets the workers finish first. `python -m deployment.serve --check` says with its exit
-status whether a worker is ready: TorchServe's own `/ping` says so seconds before that is true.
+requests in flight; the parent lets the workers finish first. TorchServe's own `/ping` answers with 200 seconds before
+a worker is ready: `python -m deployment.serve --check` says with its exit status whether one is, and in a container of
+AI Platform the port stays closed until then.
 """
 
 import argparse
+import asyncio
 import contextlib
-import ctypes
 import json
 import math
 import os
@@ -25,6 +26,8 @@ from pathlib import Path
 
 CONFIG = Path(__file__).with_name("config.properties")
 LOG_CONFIG = Path(__file__).with_name("log4j2.xml")
+# Its input ends with the process that started it, however that ended: then the process group $1 has to end too.
+GUARD = 'read _; kill -TERM -- "-$1" && sleep 10 && kill -KILL -- "-$1"'
 
 
 def cores() -> int:
@@ -97,7 +100,7 @@ def command(
             f"no archive {archive}: `make demo` writes one, or see the README on torch-model-archiver"
         )
     for address, number in ((host, port), ("127.0.0.1", management_port), ("127.0.0.1", metrics_port)):
-        check_port(address, number)
+        bound(address, number).close()
     import ts  # TorchServe: its jar lies in the package
 
     home = Path(ts.__file__).parent
@@ -144,16 +147,22 @@ def fetch(uri: str, model: str = "fastunet") -> Path:
     return archive.parent
 
 
-def check_port(host: str, port: int) -> None:
-    """Raises OSError, naming the port, when something listens on it already."""
-    with socket.socket() as s:
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            s.bind((host, port))
-        except OSError as e:
-            raise OSError(
-                f"port {port} on {host} is taken ({e.strerror}): stop what listens there or choose another"
-            ) from None
+def bound(host: str, port: int) -> socket.socket:
+    """A socket that holds the port and does not listen yet: connections are refused.
+
+    Raises:
+        OSError: something listens on the port already; the message names it.
+    """
+    s = socket.socket()
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        s.bind((host, port))
+    except OSError as e:
+        s.close()
+        raise OSError(
+            f"port {port} on {host} is taken ({e.strerror}): stop what listens there or choose another"
+        ) from None
+    return s
 
 
 @contextlib.contextmanager
@@ -168,8 +177,7 @@ def torchserve(
 
     Free ports are taken where `options` (those of `command`) name none. `folder` is the server's working directory:
     its output is in `torchserve.log` there and, with `auth`, its tokens in `key_file.json`; by default it is
-    temporary. The server stops when the block ends or fails, and, on Linux, also when the thread that started it
-    ends or is killed.
+    temporary. The server stops when the block ends or fails, and when this process is killed.
 
     Raises:
         RuntimeError: the server ended or was not ready within `timeout` seconds; the message holds its last lines.
@@ -180,25 +188,28 @@ def torchserve(
     with tempfile.TemporaryDirectory(prefix="torchserve-") as scratch:
         folder = Path(folder or scratch)
         log = folder / "torchserve.log"
-        with log.open("wb") as output:
-            server = start(argv, env | {"TMPDIR": scratch}, cwd=folder, stdout=output, stderr=subprocess.STDOUT)
-        try:
+        streams = {"stdout": (output := log.open("wb")), "stderr": subprocess.STDOUT}
+        with output, started(argv, env | {"TMPDIR": scratch}, cwd=folder, **streams) as server:
             wait_until_ready(server, options["management_port"], log, timeout)
             yield f"http://127.0.0.1:{options['port']}"
-        finally:
-            stop(server)
 
 
-def start(argv: list[str], env: dict[str, str], **popen_options) -> subprocess.Popen:
-    """TorchServe as a child that gets no Ctrl-C of the terminal's, and that ends with this process."""
-    return subprocess.Popen(argv, env=env, start_new_session=True, preexec_fn=prepare_child, **popen_options)
+@contextlib.contextmanager
+def started(argv: list[str], env: dict[str, str], **popen_options) -> Iterator[subprocess.Popen]:
+    """TorchServe as a child for the length of a `with` block; none of its processes outlives the block or this process.
 
-
-def prepare_child() -> None:
-    """In the child: keep its files (tokens) to the user, and on Linux get SIGTERM when the parent ends, however."""
-    os.umask(0o077)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    It has a process group of its own, so that no Ctrl-C of the terminal's reaches it, and keeps its files (tokens) to
+    the user. A worker that is just starting does not notice that TorchServe ends, hence the guard over the group.
+    """
+    server = subprocess.Popen(argv, env=env, start_new_session=True, umask=0o077, **popen_options)
+    quiet = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    guard = subprocess.Popen(["sh", "-c", GUARD, "guard", str(server.pid)], start_new_session=True, **quiet)
+    try:
+        yield server
+    finally:
+        stop(server)
+        guard.kill()
+        guard.communicate()
 
 
 def describe(management_port: int, folder: Path | str = ".", model: str = "fastunet") -> dict:
@@ -257,28 +268,54 @@ def drain(management_port: int, timeout: float = 25) -> None:
 
 
 def stop(server: subprocess.Popen) -> None:
-    """Ask the server to stop and wait for it; after 30 s, end it."""
+    """Ask the server to stop and wait for it; after 30 s, end it. End what it leaves behind."""
     server.terminate()
     try:
         server.wait(timeout=30)
     except subprocess.TimeoutExpired:
         server.kill()
         server.wait()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
 
 
 def run(argv: list[str], env: dict[str, str], management_port: int) -> int:
     """TorchServe in the foreground, until it ends or SIGTERM or SIGINT comes; returns the exit status."""
-    server = start(argv, env)
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
-    while server.poll() is None and not stopping.wait(0.2):
-        pass
-    if not stopping.is_set():
-        return server.returncode
-    drain(management_port)
-    stop(server)
+    with started(argv, env) as server:
+        while server.poll() is None and not stopping.wait(0.2):
+            pass
+        if not stopping.is_set():
+            return server.returncode
+        drain(management_port)
     return 0
+
+
+def gate(public: socket.socket, port: int, management_port: int) -> None:
+    """Let `public` listen once a worker is ready, and pass each of its connections on to loopback's `port`."""
+    while not is_ready(management_port):
+        time.sleep(0.2)
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(2**16):
+                writer.write(data)
+                await writer.drain()
+            writer.write_eof()
+
+    async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.closing(writer), contextlib.suppress(OSError):
+            there_reader, there_writer = await asyncio.open_connection("127.0.0.1", port)
+            with contextlib.closing(there_writer):
+                await asyncio.gather(copy(reader, there_writer), copy(there_reader, writer))
+
+    async def listen() -> None:
+        async with await asyncio.start_server(connect, sock=public) as server:
+            await server.serve_forever()
+
+    asyncio.run(listen())
 
 
 def main() -> None:
@@ -305,10 +342,16 @@ def main() -> None:
     try:
         if uri := os.environ.get("AIP_STORAGE_URI"):
             options["model_store"] = fetch(uri)
+        url = f"http://{options['host']}:{options['port']}/predictions/fastunet"
+        if in_cloud:  # AI Platform sends requests as soon as /ping says 200
+            public = bound(options["host"], options["port"])
+            options |= {"host": "127.0.0.1", "port": free_ports(1)[0]}
+            behind = public, options["port"], options["management_port"]
+            threading.Thread(target=gate, args=behind, daemon=True).start()
         argv, env = command(**options)
     except OSError as e:
         sys.exit(f"error: {e}")
-    print(f"http://{options['host']}:{options['port']}/predictions/fastunet", flush=True)
+    print(url, flush=True)
     sys.exit(run(argv, env, options["management_port"]))
 
 

@@ -451,14 +451,35 @@ def test_check_and_a_stop_that_loses_nothing(model_store, tmp_path, photo, predi
         assert check(ports, tmp_path) == 1
 
 
-def test_nothing_outlives_a_killed_parent(model_store, tmp_path):
+@pytest.mark.parametrize("seconds", [0, 2], ids=["at a worker's birth", "while it imports torch"])
+def test_nothing_outlives_a_killed_parent(model_store, tmp_path, seconds):
+    def has_worker(p: psutil.Process) -> bool:
+        with contextlib.suppress(psutil.Error):
+            return any("--sock-name" in child.cmdline() for child in p.children(recursive=True))
+
     with foreground(model_store, tmp_path, **ONE_WORKER) as (process, _):
         parent = psutil.Process(process.pid)
-        wait_for(lambda: len(parent.children(recursive=True)) >= 2)  # Java and a worker
+        wait_for(lambda: has_worker(parent))
+        time.sleep(seconds)
         children = parent.children(recursive=True)
         process.kill()
         _, alive = psutil.wait_procs(children, timeout=30)
         assert not alive
+
+
+def test_on_ai_platform_the_port_opens_when_a_worker_is_ready(model_store, tmp_path, photo, predict):
+    with foreground(model_store, tmp_path, "--host=127.0.0.1", AIP_HTTP_PORT="1") as (process, ports):
+        url = f"http://127.0.0.1:{ports['port']}"
+        wait_for(lambda: answers(f"{url}/ping"))
+        assert is_ready(ports["management_port"])
+        body = {"instances": [{"b64": b64(photo)}] * 8}
+        with ThreadPoolExecutor(1) as pool:
+            sent = pool.submit(httpx.post, url + PREDICT, json=body, timeout=60)
+            wait_for(lambda: count(metrics(ports), "ts_inference_requests_total") == 1)
+            process.terminate()
+            masks = [mask_of(p) for p in sent.result().json()["predictions"]]
+        assert len(masks) == 8 and all(np.array_equal(mask, predict(photo)) for mask in masks)
+        assert process.wait(60) == 0
 
 
 def test_tokens_local_models_only_and_no_worker_outlives_java(model_store, tmp_path, photo):

@@ -30,7 +30,6 @@ import os
 import random
 import re
 import secrets
-import shutil
 import ssl
 import subprocess
 import sys
@@ -53,12 +52,9 @@ from google.cloud.aiplatform_v1 import types
 from google.longrunning import operations_pb2
 from google.protobuf import any_pb2, empty_pb2, json_format, timestamp_pb2
 
-from deployment.serve import free_ports, stop
+from deployment.serve import free_ports, started
 
 ROOT = Path(__file__).parents[1]
-# `python -m deployment.serve`, which ends with this process. (Popen's preexec_fn would do that too, but needs a plain
-# fork(), under which gRPC's connections stall.)
-SERVE = "from deployment.serve import main, prepare_child; prepare_child(); main()"
 PROJECT, LOCATION = "local-project", "us-central1"
 PARENT = f"projects/{PROJECT}/locations/{LOCATION}"
 MAX_BYTES = {"shared": 1_500_000, "dedicated": 10_000_000}  # a request or an answer, by kind of endpoint
@@ -89,11 +85,9 @@ class Container:
     process: subprocess.Popen
     url: str
     log: Path
+    resources: contextlib.ExitStack
 
-    def ready(self, probe: list[str], route: str) -> bool:
-        """What the readiness probe says: the command `probe` where there is one, else GET on the health route."""
-        if probe:
-            return subprocess.run(probe, cwd=ROOT).returncode == 0
+    def healthy(self, route: str) -> bool:
         with contextlib.suppress(requests.RequestException):
             return requests.get(self.url + route, timeout=10).status_code == 200
         return False
@@ -118,7 +112,7 @@ class Container:
             raise exceptions.InternalServerError("The model server's answer is no JSON with `predictions`.") from e
 
     def stop(self) -> None:
-        stop(self.process)
+        self.resources.close()
 
 
 @dataclass
@@ -322,21 +316,17 @@ class VertexAI:
             "AIP_DEPLOYED_MODEL_ID": id,
             "AIP_ENDPOINT_ID": endpoint.name.split("/")[-1] if endpoint else "",
         }  # fmt: skip
-        command = [sys.executable, "-c", SERVE, "--model-store", str(self.images[spec.image_uri])]
+        command = [sys.executable, "-m", "deployment.serve", "--model-store", str(self.images[spec.image_uri])]
         command += ["--host", "127.0.0.1", f"--management-port={management}", f"--metrics-port={metrics}", *spec.args]
-        with log.open("wb") as output:
-            process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
-        container = self.containers[id] = Container(process, f"http://127.0.0.1:{port}", log)
-        probe = list(spec.health_probe.exec_.command)
-        if probe:
-            probe = [
-                shutil.which(probe[0], path=Path(sys.executable).parent),
-                *probe[1:],
-                f"--management-port={management}",
-            ]
+        resources = contextlib.ExitStack()
+        output = resources.enter_context(log.open("wb"))
+        process = resources.enter_context(
+            started(command, environment, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        )
+        container = self.containers[id] = Container(process, f"http://127.0.0.1:{port}", log, resources)
         deadline = time.monotonic() + (spec.deployment_timeout.total_seconds() if spec.deployment_timeout else 300)
         try:
-            while not container.ready(probe, environment["AIP_HEALTH_ROUTE"]):
+            while not container.healthy(environment["AIP_HEALTH_ROUTE"]):
                 exited = process.poll() is not None
                 problem = "exited unexpectedly" if exited else "never became ready"
                 check(not exited and time.monotonic() < deadline,
