@@ -247,7 +247,8 @@ def convert(
     model = Segmenter(config, weights)
     train, valid = photos(calibrate) if calibrate else ([], [])
     train = train if precision == "int8" else []
-    inputs = [read(path, config) for path in valid] or list(torch.rand(4, 1, n_in(config), *config["img_size"]))
+    noise = torch.rand(4, 1, n_in(config), *config["img_size"], generator=torch.Generator().manual_seed(0))
+    inputs = [read(path, config) for path in valid] or list(noise)
     labels = [read_label(path, config) for path in valid] if valid and label_of(valid[0]).exists() else None
     with torch.inference_mode():
         original = [model(x) for x in inputs]

@@ -26,8 +26,12 @@ from pathlib import Path
 
 CONFIG = Path(__file__).with_name("config.properties")
 LOG_CONFIG = Path(__file__).with_name("log4j2.xml")
-# Its input ends with the process that started it, however that ended: then the process group $1 has to end too.
-GUARD = 'read _; kill -TERM -- "-$1" && sleep 10 && kill -KILL -- "-$1"'
+# Its input ends with the process that started it, however that ended: then the process group $1 has ten seconds to end.
+GUARD = """
+read _; kill -s TERM -- "-$1"
+for second in 1 2 3 4 5 6 7 8 9 10; do sleep 1; kill -s 0 -- "-$1" || exit; done
+kill -s KILL -- "-$1"
+"""
 
 
 def cores() -> int:

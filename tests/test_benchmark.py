@@ -177,6 +177,7 @@ def converted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("converted")
     config = {"arch": "squeezenet1_1", "n_classes": 3, "img_size": [32, 32], "options": {}, "mean": None, "std": None}
     config |= {"resize": {"size": [32, 32]}, "codes": ["a", "b", "c"]}
+    torch.manual_seed(0)
     torch.save(DynamicUnetDIY("squeezenet1_1", 3, (32, 32)).state_dict(), folder / "fastunet.pth")
     config = runtime.convert(config, folder / "fastunet.pth", folder)
     (folder / "model-config.yaml").write_text(yaml.safe_dump({"handler": config}))

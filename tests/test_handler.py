@@ -225,35 +225,27 @@ photos = [encoded(draw_photo(i, (224, 160))) for i in range(4)]
 alone = [answers(unet, context, photo)[0] for photo in photos]
 assert [status for status, _ in alone] == [200] * 4
 address_space = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-passes = []
 forward = unet.forward
 unet.forward = lambda photos: (passes.append(len(photos)), forward(photos))[1]
-limit = address_space + {extra} * 2**20
-resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
-together = answers(unet, context, *photos)
-resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-print(json.dumps([passes, [status for status, _ in together], [json.loads(body).get('shape') for _, body in together]]))
+for extra in range(120, 720, 60):  # MiB; how much one photo needs differs between machines and builds of torch
+    passes = []
+    resource.setrlimit(resource.RLIMIT_AS, (address_space + extra * 2**20, resource.RLIM_INFINITY))
+    together = answers(unet, context, *photos)
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    statuses = [status for status, _ in together]
+    if statuses == [200] * 4:
+        break
+print(json.dumps([passes, statuses, [json.loads(body).get('shape') for _, body in together]]))
 """
-
-
-def run_with_memory(store: Path, extra: int) -> tuple[list, list, list]:
-    """Four photos of one shape in one batch, with `extra` MiB of address space to spare.
-
-    Returns the sizes of the batches tried, and the statuses and shapes of the answers.
-    """
-    tests = str(Path(__file__).parent)
-    script = MEMORY.format(root=str(ROOT), tests=tests, store=str(store), extra=extra)
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 0, result.stderr[-2000:]
-    return tuple(json.loads(result.stdout.splitlines()[-1]))
 
 
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_AS"), reason="no limit on address space here")
 def test_out_of_memory_halves_the_batch(model_store):
-    for extra in range(120, 720, 60):  # how much one photo needs differs between machines and builds of torch
-        passes, statuses, shapes = run_with_memory(model_store, extra)
-        if statuses == [200] * 4:
-            break
+    """Four photos of one shape in one batch, with little address space: the first that is enough for the four."""
+    script = MEMORY.format(root=str(ROOT), tests=str(Path(__file__).parent), store=str(model_store))
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr[-2000:]
+    passes, statuses, shapes = json.loads(result.stdout.splitlines()[-1])
     assert passes[:2] == [4, 2] and passes.count(4) == 1, passes
     assert statuses == [200] * 4 and shapes == [[160, 224]] * 4
 

@@ -222,7 +222,7 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.sampled_from(["resnet18", "resnet34"]), OPTIONS, st.tuples(SIDE, SIDE), st.integers(1, 40))
 def test_any_combination_is_bit_equal(arch, options, img_size, n_classes):
     options = {"cut": 6} | options  # the whole body adds nothing but time here
@@ -331,7 +331,7 @@ def test_exports(resnet34, x):
 
 @torch.inference_mode()
 def test_compiles(resnet34, x):
-    compiled = torch.compile(resnet34, fullgraph=True)
+    compiled = torch.compile(resnet34, fullgraph=True, backend="aot_eager")  # test_runtime.py has the default one
     torch.testing.assert_close(compiled(x), resnet34(x), rtol=1e-3, atol=1e-3)
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import camvid
 from deployment.serve import free_ports
 
 ROOT = Path(__file__).parent.parent
@@ -89,10 +90,11 @@ def served_mask(port: int, photo: Path) -> np.ndarray:
     return np.frombuffer(base64.b64decode(answer["base64_prediction"]), np.uint8).reshape(answer["shape"])
 
 
-def test_the_tutorial_from_top_to_bottom(clone):
+def test_the_tutorial_from_top_to_bottom(clone, tmp_path):
     demo, test = [line.split("#")[0].strip() for line in commands(README)[:2]]
     assert (demo, test) == ("make demo", "make test")
-    printed = run(f"{demo} ARCH=resnet18 EPOCHS=1", clone)
+    camvid.draw_scenes(tmp_path / "a few scenes", n_train=16, n_valid=4)
+    printed = run(f'{demo} DATA="{tmp_path}/a few scenes" ARCH=resnet18 EPOCHS=1', clone)
     assert re.search(r"validation accuracy", printed)
     equal, total = re.search(r"masks equal: (\d+) of (\d+) images", printed).groups()
     assert equal == total and int(total) > 1

@@ -332,7 +332,7 @@ class VertexAI:
                 check(not exited and time.monotonic() < deadline,
                       f"Model server {problem}. Its logs: {log}\n{tail(log)}",
                       exceptions.FailedPrecondition)  # fmt: skip
-                time.sleep(1)
+                time.sleep(0.2)
         except BaseException:
             self.containers.pop(id).stop()
             raise
