@@ -47,9 +47,9 @@ check(json.load(sys.stdin), "V1beta1InferenceService", "")
 def test_agrees_with_the_image():
     [container] = PREDICTOR["containers"]
     port = int(re.search(r"AIP_HTTP_PORT=(\d+)", DOCKERFILE)[1])
-    health = json.loads(re.search(r"^HEALTHCHECK .* CMD (\[.*\])$", DOCKERFILE, re.M)[1])
     assert container["ports"][0]["containerPort"] == port == int(container["env"][0]["value"])
-    assert container["startupProbe"]["exec"]["command"] == container["readinessProbe"]["exec"]["command"] == health
+    ping = {"path": "/ping", "port": port}
+    assert container["startupProbe"]["httpGet"] == container["readinessProbe"]["httpGet"] == ping
     assert f"--uid {PREDICTOR['securityContext']['runAsUser']} " in DOCKERFILE
     assert 1 <= PREDICTOR["minReplicas"] <= PREDICTOR["maxReplicas"]
 
