@@ -24,6 +24,9 @@ from deployment import handler, runtime
 from deployment.model import DynamicUnetDIY
 from deployment.serve import cores
 
+# vCPUs of machine types that AI Platform offers: https://cloud.google.com/vertex-ai/docs/predictions/configure-compute
+MACHINES = {"n1-standard-2": 2, "n1-standard-4": 4, "n1-standard-8": 8, "n1-standard-16": 16}
+
 
 def milliseconds(call: Callable[[], object], at_least: float = 0.5) -> float:
     """The median time of `call` over as many calls as fit into `at_least` seconds, after one to warm up."""
@@ -89,6 +92,13 @@ def replicas(load: float, per_replica: float, used: float = 0.6) -> int:
     return math.ceil(load / (used * per_replica))
 
 
+def needs(machine: str, per_replica: float) -> dict:
+    """How many replicas of `machine` some loads need. Its requests/s are reckoned: as many for each vCPU as here."""
+    return {"machine": machine, "requests/s": round(per_replica)} | {
+        f"for {load}/s": replicas(load, per_replica) for load in (10, 100, 1000)
+    }
+
+
 def show(title: str, rows: Iterator[dict]) -> list[dict]:
     print(f"\n{title}")
     kept = []
@@ -118,9 +128,8 @@ def main() -> None:
         served = json.loads(results.read_text()).get("openvino-int8", {})
         best = max((row["rps"] for row in served.values()), default=None)
         if best:
-            loads = (10, 100, 1000)
-            print(f"\nA replica of this machine ({cores()} cores) answers {best:.0f} requests/s with openvino int8:")
-            print(", ".join(f"{load} requests/s need {replicas(load, best)} replicas" for load in loads))
+            title = f"replicas, from the {best:.0f} requests/s of openvino int8 on these {cores()} cores"
+            show(title, (needs(machine, best * n / cores()) for machine, n in MACHINES.items()))
 
 
 if __name__ == "__main__":
