@@ -182,6 +182,28 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def summary(results: dict) -> str:
+    """The README's table: a line for each contender, with requests/s by the number of clients."""
+    counts = sorted({int(n) for name in results if name != "limit" for n in results[name]})
+    most = str(8 if 8 in counts else counts[-1])
+    base, limit = (results.get(name, {}).get(most, {}).get("rps") for name in ("baseline", "limit"))
+    heads = [f"{n} client{'s' * (n > 1)}" for n in counts]
+    heads += [f"× baseline, {most} clients", f"of the limit, {most} clients", f"p50 ms, {counts[0]} client"]
+    heads += ["start-up s", "memory MB"]
+    lines = ["| requests/s | " + " | ".join(heads) + " |", "|---|" + "--:|" * len(heads)]
+    for name in sorted(results, key=ALL.index):
+        rows = results[name]
+        cells = [f"{rows[str(n)]['rps']:.1f}" if str(n) in rows else "" for n in counts]
+        for against, form in ((base, ".1f"), (limit, ".0%")):
+            cells.append(format(rows[most]["rps"] / against, form) if against and most in rows else "")
+        first = rows.get(str(counts[0]), {})
+        cells.append(f"{first['p50_ms']:.1f}" if first else "")
+        for key, form in (("start_up_s", ".1f"), ("memory_mb", ".0f")):
+            cells.append(format(rows[most][key], form) if key in rows.get(most, {}) else "")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def plot(results: dict, path: Path) -> None:
     """Requests per second and median latency of each contender over the number of clients."""
     import matplotlib
@@ -266,7 +288,7 @@ def bench(names: list[str], clients: list[int], args) -> None:
     shown = {name: results[name] for name in ALL if name in results}
     plot(shown, RESULTS.with_suffix(".png"))
     print(f"{cores()} cores, {cpu_name()}; {args.repeat} starts each, {args.seconds:g} s per figure, medians")
-    print(table(shown))
+    print(summary(shown), table(shown), sep="\n\n")
     if failures:
         raise RuntimeError("\n".join(failures))
 

@@ -290,6 +290,7 @@ def to_openvino(model: torch.nn.Module, config: dict):
         shape, h, w = [1, n_in(config), -1, -1], h | 1, w | 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # of just that
+        warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)  # OpenVINO's way in
         return ov.convert_model(model, example_input=torch.rand(1, n_in(config), h, w), input=shape)
 
 

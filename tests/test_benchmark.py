@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from benchmark import contenders, gpu, limit, load, peers, run, scaling
+from benchmark import contenders, gpu, limit, load, peers, run, scaling, steps
 from deployment import runtime
 from deployment.model import DynamicUnetDIY
 from deployment.serve import free_ports
@@ -134,6 +134,20 @@ def test_results_have_the_promised_form(tmp_path, monkeypatch, server):
     assert text.count("\n") == 1 + 6 and "| eager | 8 |" in text
     run.plot(results, tmp_path / "results.png")
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_readme_has_the_figures_of_results_json():
+    results = json.loads(run.RESULTS.read_text())
+    assert run.summary(results) in (contenders.ROOT / "README.md").read_text()
+    assert (run.RESULTS.with_suffix(".png")).is_file()
+
+
+def test_steps_are_read_from_the_servers_metrics(monkeypatch, model_store, photo):
+    monkeypatch.setattr(steps, "BUILD", model_store.parent)
+    row = steps.measure(model_store.name, 2, [photo], 0.5)
+    parts = [row[step] for step in (*steps.STEPS, "rest")]
+    assert all(part > 0 for part in parts) and sum(parts) == pytest.approx(row["ms of a request"])
+    assert 1 <= row["photos in a batch"] <= 2 and row["inference"] > row["postprocess"]
 
 
 def test_medians_add_up_errors():
