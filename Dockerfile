@@ -43,8 +43,10 @@ COPY deployment deployment
 # The archive, where there is one; without it the container takes the one that AIP_STORAGE_URI names.
 COPY model_store model_store
 USER serve
+# The name of the model, and so of its route; empty: the archive's.
+ARG NAME=
 # AIP_HTTP_PORT is AI Platform's name for the port of health checks and predictions; it overrides this default.
-ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 AIP_HTTP_PORT=8080
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 AIP_HTTP_PORT=8080 MODEL_NAME=${NAME}
 EXPOSE 8080
 # Whether a worker can answer, as /ping says too; the image has no curl.
 HEALTHCHECK --interval=15s --timeout=10s --start-period=3m CMD ["python", "-m", "deployment.serve", "--check"]

@@ -24,8 +24,8 @@ demo: .venv/installed ## train, transfer, archive, serve and call: DATA=scenes|c
 test: .venv/installed ## run the tests
 	@$(PY) -m pytest
 
-serve: .venv/installed ## serve model_store/fastunet.mar on 127.0.0.1: PORT= MANAGEMENT_PORT= METRICS_PORT= AUTH=1
-	@exec $(PY) -m deployment.serve --port $(PORT) --management-port $(MANAGEMENT_PORT) --metrics-port $(METRICS_PORT) $(if $(AUTH),--auth)
+serve: .venv/installed ## serve the archive in model_store/ on 127.0.0.1: NAME= PORT= MANAGEMENT_PORT= METRICS_PORT= AUTH=1
+	@exec $(PY) -m deployment.serve --port $(PORT) --management-port $(MANAGEMENT_PORT) --metrics-port $(METRICS_PORT) $(if $(NAME),--name $(NAME)) $(if $(AUTH),--auth)
 
 bench: .venv/installed ## measure against peers and the limit: CONTENDERS=baseline,eager,… CLIENTS=1,8 PHOTOS= CALIBRATE=
 	@$(PY) -m benchmark.run $(if $(CONTENDERS),--contenders $(CONTENDERS)) $(if $(CLIENTS),--clients $(CLIENTS)) $(if $(PHOTOS),--photos "$(PHOTOS)") $(if $(CALIBRATE),--calibrate "$(CALIBRATE)")
@@ -33,10 +33,10 @@ bench: .venv/installed ## measure against peers and the limit: CONTENDERS=baseli
 soak: .venv/installed ## the long tests: malformed requests by the thousand, a killed worker, 15 minutes of load
 	@$(PY) -m pytest -m soak -s
 
-image: ## build the serving image with docker or podman: TAG=fastunet TORCH_BACKEND=cpu|cu126|…
+image: ## build the serving image with docker or podman: TAG=fastunet NAME= TORCH_BACKEND=cpu|cu126|…
 	@engine=$$(for e in docker podman; do $$e info >/dev/null 2>&1 && echo $$e && break; done); \
 	if [ -z "$$engine" ]; then echo "error: neither docker nor podman answers here; cloudbuild.yaml builds in the cloud" >&2; exit 1; fi; \
-	BUILDAH_FORMAT=docker $$engine build $(if $(TORCH_BACKEND),--build-arg TORCH_BACKEND=$(TORCH_BACKEND)) --tag $(TAG) .
+	BUILDAH_FORMAT=docker $$engine build $(if $(TORCH_BACKEND),--build-arg TORCH_BACKEND=$(TORCH_BACKEND)) $(if $(NAME),--build-arg NAME=$(NAME)) --tag $(TAG) .
 
 image-test: .venv/installed ## build the same image with buildah, run it, and send it AI Platform requests (root, Debian)
 	@$(PY) -m pytest -m image -s

@@ -1,13 +1,13 @@
 """fastai's `DynamicUnet` in pure PyTorch: the same parameter names, the same arithmetic, no fastai.
 
-`DynamicUnetDIY(...).load_state_dict(learn.model.state_dict(), strict=True)` is the whole weight transfer. The layout
-follows `fastai.vision.models.unet.DynamicUnet` step by step; where fastai keeps the encoder's activations with forward
-hooks, this model walks the encoder and keeps them in a plain list, so that it can be scripted, exported and converted.
+`DynamicUnetDIY(...).load_state_dict(learn.model.state_dict(), strict=True)` is the whole weight transfer. Where fastai
+catches the encoder's activations with forward hooks, this model walks the encoder and hands its skip connections to the
+decoder, so that it can be exported, compiled and converted.
 """
 
 import re
 from collections.abc import Sequence
-from typing import Final
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,6 @@ import torchvision
 from torch import Tensor, nn
 
 NORM_TYPES = (None, "Batch", "BatchZero", "Weight", "Spectral", "Instance", "InstanceZero")
-ACTIVATIONS = {"softmax": lambda x: x.softmax(dim=1), "sigmoid": torch.sigmoid, None: lambda x: x}
 
 
 class WeightNormConv2d(nn.Conv2d):
@@ -33,18 +32,13 @@ class WeightNormConv2d(nn.Conv2d):
 
 
 class SpectralNorm:
-    """Makes a convolution what `torch.nn.utils.spectral_norm` makes of it, in evaluation mode and without its hook.
-
-    The power iteration that updates u and v belongs to training, which happens in fastai.
-    """
+    """What `torch.nn.utils.spectral_norm` makes of a convolution in evaluation mode: no hook, no power iteration."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        weight = self.weight
-        del self.weight
-        self.weight_orig = nn.Parameter(weight.detach())
-        self.register_buffer("weight_u", F.normalize(torch.randn(weight.shape[0]), dim=0))
-        self.register_buffer("weight_v", F.normalize(torch.randn(weight[0].numel()), dim=0))
+        self.weight_orig = nn.Parameter(self._parameters.pop("weight").detach())
+        self.register_buffer("weight_u", F.normalize(torch.randn(self.weight_orig.shape[0]), dim=0))
+        self.register_buffer("weight_v", F.normalize(torch.randn(self.weight_orig[0].numel()), dim=0))
 
     def forward(self, x: Tensor) -> Tensor:
         matrix = self.weight_orig.reshape(self.weight_orig.size(0), -1)
@@ -53,11 +47,11 @@ class SpectralNorm:
 
 
 class SpectralNormConv1d(SpectralNorm, nn.Conv1d):
-    """Convolution over one dimension whose weight is divided by its largest singular value."""
+    """1D convolution whose weight is divided by its largest singular value."""
 
 
 class SpectralNormConv2d(SpectralNorm, nn.Conv2d):
-    """Convolution over two dimensions whose weight is divided by its largest singular value."""
+    """2D convolution whose weight is divided by its largest singular value."""
 
 
 class ConvLayer(nn.Sequential):
@@ -67,27 +61,24 @@ class ConvLayer(nn.Sequential):
         norm = {"Batch": nn.BatchNorm2d, "Instance": nn.InstanceNorm2d}.get((norm_type or "").removesuffix("Zero"))
         conv = {"Weight": WeightNormConv2d, "Spectral": SpectralNormConv2d}.get(norm_type, nn.Conv2d)
         layers = [conv(ni, nf, ks, padding=(ks - 1) // 2, bias=norm is None)]
-        if norm:
-            layers.append(norm(nf, affine=True))
-        if act_cls:
-            layers.append(activation(act_cls))
-        if xtra is not None:
-            layers.append(xtra)
+        layers += [norm(nf, affine=True)] if norm else []
+        layers += [activation(act_cls)] if act_cls else []
+        layers += [xtra] if xtra is not None else []
         super().__init__(*layers)
 
 
 class Encoder(nn.Sequential):
-    """The body of a torchvision model; it saves the activations that leave as skip connections."""
+    """The body of a torchvision model, which also returns the activations that leave as skip connections."""
 
-    uses_saved: Final[bool] = True
-    skips: list[int]  # indices of the children whose outputs are saved
+    skip_indices: list[int]  # children whose outputs the decoder gets
 
-    def forward(self, x: Tensor, saved: list[Tensor]) -> Tensor:
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        skips = []
         for i, child in enumerate(self):
             x = child(x)
-            if i in self.skips:
-                saved.append(x)
-        return x
+            if i in self.skip_indices:
+                skips.append(x)
+        return x, skips
 
 
 class PixelShuffleICNR(nn.Sequential):
@@ -103,12 +94,10 @@ class PixelShuffleICNR(nn.Sequential):
 class SelfAttention(nn.Module):
     """Self-attention over all positions of a feature map (Zhang et al., 2018), as fastai's `SelfAttention`."""
 
-    def __init__(self, n_channels):
+    def __init__(self, n):
         super().__init__()
-        self.query, self.key, self.value = (
-            nn.Sequential(SpectralNormConv1d(n_channels, nf, 1, bias=False))
-            for nf in (n_channels // 8, n_channels // 8, n_channels)
-        )
+        widths = (n // 8, n // 8, n)
+        self.query, self.key, self.value = (nn.Sequential(SpectralNormConv1d(n, w, 1, bias=False)) for w in widths)
         self.gamma = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -119,19 +108,10 @@ class SelfAttention(nn.Module):
 
 
 class UnetBlock(nn.Module):
-    """One step up the decoder: upsample, join the skip connection saved last, two convolutions."""
-
-    uses_saved: Final[bool] = True
+    """One step up the decoder: upsample, join the skip connection, two convolutions."""
 
     def __init__(
-        self,
-        up_in_c,
-        x_in_c,
-        final_div=True,
-        blur=False,
-        self_attention=False,
-        act_cls="ReLU",
-        norm_type=None,
+        self, up_in_c, x_in_c, final_div=True, blur=False, self_attention=False, act_cls="ReLU", norm_type=None
     ):
         super().__init__()
         self.shuf = PixelShuffleICNR(up_in_c, up_in_c // 2, blur, norm_type, act_cls)
@@ -139,12 +119,10 @@ class UnetBlock(nn.Module):
         ni = up_in_c // 2 + x_in_c
         nf = ni if final_div else ni // 2
         self.conv1 = ConvLayer(ni, nf, norm_type=norm_type, act_cls=act_cls)
-        attention = SelfAttention(nf) if self_attention else None
-        self.conv2 = ConvLayer(nf, nf, norm_type=norm_type, act_cls=act_cls, xtra=attention)
+        self.conv2 = ConvLayer(nf, nf, 3, norm_type, act_cls, xtra=SelfAttention(nf) if self_attention else None)
         self.relu = activation(act_cls)
 
-    def forward(self, x: Tensor, saved: list[Tensor]) -> Tensor:
-        skip = saved.pop()
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         x = resize_to(self.shuf(x), skip)
         return self.conv2(self.conv1(self.relu(torch.cat([x, self.bn(skip)], dim=1))))
 
@@ -152,19 +130,15 @@ class UnetBlock(nn.Module):
 class ResizeToOrig(nn.Module):
     """Bring the features to the size of the input image."""
 
-    uses_saved: Final[bool] = True
-
-    def forward(self, x: Tensor, saved: list[Tensor]) -> Tensor:
-        return resize_to(x, saved[0])
+    def forward(self, x: Tensor, image: Tensor) -> Tensor:
+        return resize_to(x, image)
 
 
 class MergeLayer(nn.Module):
     """Append the input image to the features."""
 
-    uses_saved: Final[bool] = True
-
-    def forward(self, x: Tensor, saved: list[Tensor]) -> Tensor:
-        return torch.cat([x, saved[0]], dim=1)
+    def forward(self, x: Tensor, image: Tensor) -> Tensor:
+        return torch.cat([x, image], dim=1)
 
 
 class ResBlock(nn.Module):
@@ -204,14 +178,13 @@ class DynamicUnetDIY(nn.Module):
         n_in: number of input channels.
         cut: index of the first child of `arch` that the encoder leaves out, or `[name, index]` to count the children
             of a submodule, e.g. `["features", 18]`; default: fastai's rule for `arch`.
-        blur, blur_final, self_attention, y_range, last_cross, bottle: as in fastai's `DynamicUnet`; its `init` is of
-            no use to loaded weights.
+        blur, blur_final, self_attention, y_range, last_cross: as in fastai's `DynamicUnet`. (Its `init` and `bottle`
+            are left out: loaded weights need no initialization, and `bottle` has no effect on any model that runs.)
         act_cls: name of an activation of `torch.nn`, or `[name, keyword arguments]`.
         norm_type: one of `NORM_TYPES`, the names of fastai's `NormType`.
 
     Raises:
-        ValueError: `arch`, `act_cls` or `norm_type` is unknown, `arch` has no body that can be cut and walked, or
-            `bottle` is combined with `last_cross`, of which fastai too builds a model that cannot run.
+        ValueError: `arch`, `act_cls` or `norm_type` is unknown, or `arch` has no body that can be cut and walked.
     """
 
     def __init__(
@@ -227,48 +200,48 @@ class DynamicUnetDIY(nn.Module):
         self_attention: bool = False,
         y_range: Sequence[float] | None = None,
         last_cross: bool = True,
-        bottle: bool = False,
         act_cls: str | Sequence = "ReLU",
         norm_type: str | None = None,
     ):
         super().__init__()
         if norm_type not in NORM_TYPES:
             raise ValueError(f"unknown norm_type {norm_type!r}: one of {', '.join(map(str, NORM_TYPES))}")
-        if bottle and last_cross:
-            raise ValueError("bottle=True halves the channels before the last layer, which expects all (as in fastai)")
         encoder = create_body(arch, n_in, cut)
         sizes = activation_shapes(encoder, n_in, img_size)
         # fastai looks at the last dimension alone: a skip connection leaves before each child that changes it.
-        encoder.skips = [i for i in range(len(sizes) - 1) if sizes[i][-1] != sizes[i + 1][-1]]
-        like = dict(norm_type=norm_type, act_cls=act_cls)
+        encoder.skip_indices = [i for i in range(len(sizes) - 1) if sizes[i][-1] != sizes[i + 1][-1]]
+        style = dict(norm_type=norm_type, act_cls=act_cls)
 
         ni = sizes[-1][1]
-        middle_conv = nn.Sequential(ConvLayer(ni, ni * 2, **like), ConvLayer(ni * 2, ni, **like))
+        middle_conv = nn.Sequential(ConvLayer(ni, ni * 2, **style), ConvLayer(ni * 2, ni, **style))
         layers = [encoder, nn.BatchNorm2d(ni), nn.ReLU(), middle_conv]
-        for i, idx in enumerate(reversed(encoder.skips)):
-            not_final = i != len(encoder.skips) - 1
-            do_blur = blur and (not_final or blur_final)
-            sa = self_attention and i == len(encoder.skips) - 3
-            layers.append(UnetBlock(ni, sizes[idx][1], not_final, do_blur, sa, **like))
+        for i, idx in enumerate(reversed(encoder.skip_indices)):
+            final, third_last = i == len(encoder.skip_indices) - 1, i == len(encoder.skip_indices) - 3
+            blurred, attention = blur and (blur_final or not final), self_attention and third_last
+            layers.append(UnetBlock(ni, sizes[idx][1], not final, blurred, attention, **style))
             ni = layers[-1].conv2[0].out_channels
         if tuple(img_size) != tuple(sizes[0][-2:]):
-            layers.append(PixelShuffleICNR(ni, ni, **like))
+            layers.append(PixelShuffleICNR(ni, ni, **style))
         layers.append(ResizeToOrig())
         if last_cross:
             layers.append(MergeLayer())
             ni += n_in
-            layers.append(ResBlock(ni, ni, **like))
+            layers.append(ResBlock(ni, ni, **style))
         layers.append(ConvLayer(ni, n_classes, ks=1, norm_type=norm_type, act_cls=None))
         if y_range is not None:
             layers.append(SigmoidRange(*y_range))
         self.layers = nn.ModuleList(layers)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, image: Tensor) -> Tensor:
         """Logits of an image batch: (N, n_in, H, W) float to (N, n_classes, H, W) float."""
-        saved: list[Tensor] = [x]  # the image, then the skip connections: what fastai keeps with hooks
-        for layer in self.layers:
-            if hasattr(layer, "uses_saved"):
-                x = layer(x, saved)
+        encoder, norm, relu, middle_conv, *decoder = self.layers
+        x, skips = encoder(image)
+        x = middle_conv(relu(norm(x)))
+        for layer in decoder:
+            if isinstance(layer, UnetBlock):
+                x = layer(x, skips.pop())
+            elif isinstance(layer, ResizeToOrig | MergeLayer):
+                x = layer(x, image)
             else:
                 x = layer(x)
         return x
@@ -283,12 +256,13 @@ def create_body(arch: str, n_in: int = 3, cut: int | Sequence | None = None) -> 
     """
     if arch not in torchvision.models.list_models(module=torchvision.models):
         raise ValueError(f"torchvision has no classification model named {arch!r}")
-    options = {"aux_logits": False, "init_weights": False} if arch in ("googlenet", "inception_v3") else {}
+    without_aux = {"aux_logits": False, "init_weights": False} if arch in ("googlenet", "inception_v3") else {}
+    build = partial(torchvision.models.get_model, arch, weights=None, **without_aux)
     try:
-        model = torchvision.models.get_model(arch, weights=None, **options)
+        model = build()
     except RuntimeError:  # some compute their widths with tensors, which the meta device cannot
         with torch.device("cpu"):
-            model = torchvision.models.get_model(arch, weights=None, **options)
+            model = build()
     if n_in != 3:
         replace_first_conv(model, n_in)
     if cut is not None and not isinstance(cut, int):
@@ -298,7 +272,8 @@ def create_body(arch: str, n_in: int = 3, cut: int | Sequence | None = None) -> 
     if cut is None and arch.startswith("densenet"):
         cut = -1
     if cut is None:
-        pools = [i for i, child in enumerate(children) if has_pool(child)]
+        layers = [[type(module).__name__ for module in child.modules()] for child in children]
+        pools = [i for i, names in enumerate(layers) if re.search(r"Pool[123]d\b", " ".join(names))]
         if not pools:
             raise ValueError(f"{arch!r} has no pooling layer before its head, where fastai would cut it")
         cut = pools[-1]
@@ -317,11 +292,6 @@ def replace_first_conv(model: nn.Module, n_in: int) -> None:
     setattr(model.get_submodule(parent), name, new)
 
 
-def has_pool(module: nn.Module) -> bool:
-    """True if `module` or one below it is a pooling layer, by the rule of fastai's `has_pool_type`."""
-    return any(re.search(r"Pool[123]d$", type(m).__name__) for m in module.modules())
-
-
 def activation_shapes(encoder: nn.Sequential, n_in: int, img_size: Sequence[int]) -> list[torch.Size]:
     """The shape of the activation after each child of `encoder`, for one image of `img_size` (height, width).
 
@@ -331,14 +301,15 @@ def activation_shapes(encoder: nn.Sequential, n_in: int, img_size: Sequence[int]
     shapes = []
     x = torch.zeros(1, n_in, *img_size, device=next(encoder.parameters()).device)
     encoder.eval()
-    for i, child in enumerate(encoder):
-        try:
-            with torch.no_grad():
+    with torch.no_grad():
+        for i, child in enumerate(encoder):
+            try:
                 x = child(x)
-            shapes.append(x.shape)
-        except (RuntimeError, ValueError, TypeError, AttributeError) as e:
-            message = f"child {i} of the encoder, {type(child).__name__}, cannot follow the one before: {e}"
-            raise ValueError(message) from e
+                shapes.append(x.shape)
+            except (RuntimeError, ValueError, TypeError, AttributeError) as e:
+                raise ValueError(
+                    f"child {i} of the encoder, {type(child).__name__}, cannot follow the one before: {e}"
+                ) from e
     encoder.train()
     return shapes
 
@@ -352,25 +323,8 @@ def activation(act_cls: str | Sequence) -> nn.Module:
     return layer(**options)
 
 
-def resize_to(x: Tensor, like: Tensor) -> Tensor:
-    """`x` at the height and width of `like`, by nearest neighbour."""
-    if x.shape[-2:] != like.shape[-2:]:
-        x = F.interpolate(x, like.shape[-2:], mode="nearest")
+def resize_to(x: Tensor, target: Tensor) -> Tensor:
+    """`x` at the height and width of `target`, by nearest neighbour."""
+    if x.shape[-2:] != target.shape[-2:]:
+        x = F.interpolate(x, target.shape[-2:], mode="nearest")
     return x
-
-
-def decode(logits: Tensor, activation: str | None = "softmax", threshold: float | None = None) -> Tensor:
-    """The mask that `learn.predict` makes of `logits`: its loss function's `activation`, then its `decodes`.
-
-    The activation stays in because rounding can make equal what was not: ties go to the first class.
-
-    Args:
-        logits: (N, n_classes, H, W) float.
-        activation: one of `ACTIVATIONS`.
-        threshold: None for the class of the highest value; a number, with one output channel, for class 1 above it.
-
-    Returns:
-        (N, H, W) uint8.
-    """
-    values = ACTIVATIONS[activation](logits)
-    return (values.argmax(dim=1) if threshold is None else values[:, 0] > threshold).to(torch.uint8)

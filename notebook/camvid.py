@@ -1,14 +1,10 @@
 """The data of the tutorial: where it comes from, how it is checked and split, how it is scored and shown.
 
-Everything here reads one layout, the one that fastai's CamVid downloads have:
-
-    images/NAME.png      a photo
-    labels/NAME_P.png    its mask: 8 bits a pixel, the pixel's value is the index of its class
-    codes.txt            the class names, one a line, in the order of the indices
-    valid.txt            the photos to validate on, one a line (optional; without it every fifth, drawn at random)
+Everything here reads CamVid's layout, which deployment/export/dataset.py describes.
 """
 
 import hashlib
+import itertools
 import os
 import shutil
 import tempfile
@@ -24,17 +20,16 @@ from fastai.vision.all import (
     IndexSplitter,
     MaskBlock,
     Metric,
-    RandomSplitter,
     Resize,
     SegmentationDataLoaders,
     URLs,
-    get_image_files,
     untar_data,
 )
 from PIL import Image
 from tqdm.auto import tqdm
 
 import scenes
+from deployment.export.dataset import label_of, list_photos, split_photos
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = (96, 128)  # what the model sees: height, width
@@ -118,7 +113,7 @@ def draw_sample(folder: Path) -> Path:
         The photo, `folder`/street_view_of_a_small_neighborhood.png; the mask's name ends in `_P.png`.
     """
     path = folder / "street_view_of_a_small_neighborhood.png"
-    for picture, target in zip(scenes.draw_scene(SAMPLE_SEED, (480, 640)), (path, mask_of(path, folder)), strict=True):
+    for picture, target in zip(scenes.draw_scene(SAMPLE_SEED, (480, 640)), (path, label_of(path, folder)), strict=True):
         part = target.with_suffix(".part")
         picture.save(part, "PNG", optimize=True)
         os.replace(part, target)
@@ -135,9 +130,8 @@ def check_data(path: Path) -> None:
         DataError: the first thing found wrong.
     """
     n_classes = len(read_codes(path))
-    photos = list_photos(path)
-    for photo in tqdm(photos, desc="checking photos and masks", leave=False):
-        label = mask_of(photo)
+    for photo in tqdm(sorted(itertools.chain(*split_files(path))), desc="checking photos and masks", leave=False):
+        label = label_of(photo)
         if not label.exists():
             raise DataError(
                 f"the photo {photo.name} has no mask: labels/{label.name} is missing. Add it, or take the photo away."
@@ -163,7 +157,6 @@ def check_data(path: Path) -> None:
                 f"labels/{label.name} holds class {seen.max()}, but codes.txt names {n_classes} classes, 0 to "
                 f"{n_classes - 1}. Add the missing names to codes.txt, or correct the mask."
             )
-    split_files(path)
 
 
 def read_codes(path: Path) -> list[str]:
@@ -187,44 +180,22 @@ def read_codes(path: Path) -> list[str]:
     return codes
 
 
-def list_photos(path: Path) -> list[Path]:
-    """The photos of the data set in `path`, sorted by name.
-
-    Raises:
-        DataError: there are none.
-    """
-    photos = sorted(get_image_files(path / "images", recurse=False))
-    if not photos:
-        raise DataError(f"there are no photos in {path.name}/images. Put them there, and their masks into labels/.")
-    return photos
-
-
 def split_files(path: Path) -> tuple[list[Path], list[Path]]:
     """The photos to train on and the photos to validate on, by valid.txt or, without it, by a fixed random fifth.
 
     Raises:
-        DataError: one of the two would be empty.
+        DataError: there are no photos, or one of the two would be empty.
     """
-    photos = list_photos(path)
-    if (path / "valid.txt").exists():
-        listed = {line.strip() for line in (path / "valid.txt").read_text(encoding="utf-8").splitlines()}
-        chosen = [i for i, photo in enumerate(photos) if photo.name in listed or photo.stem in listed]
-    else:
-        with torch.random.fork_rng(devices=[]):  # the splitter seeds all of torch
-            chosen = RandomSplitter(0.2, seed=42)(photos)[1]
-    valid = [photos[i] for i in sorted(chosen)]
-    train = [photo for photo in photos if photo not in set(valid)]
+    photos = list_photos(path) if (path / "images").is_dir() else []
+    if not photos:
+        raise DataError(f"there are no photos in {path.name}/images. Put them there, and their masks into labels/.")
+    train, valid = split_photos(path)
     if not train or not valid:
         raise DataError(
             f"of the {len(photos)} photos in {path.name}/images, {len(train)} are left to train on and {len(valid)} to "
             "validate on. Both are needed: list some, not all, of the photos in valid.txt, or take that file away."
         )
     return train, valid
-
-
-def mask_of(photo: Path, folder: Path | None = None) -> Path:
-    """Where the mask of a photo lies: images/NAME.png → labels/NAME_P.png."""
-    return (folder or photo.parent.parent / "labels") / f"{photo.stem}_P.png"
 
 
 # --- what the learner needs ---
@@ -239,7 +210,7 @@ def dataloaders(path: Path, bs: int = 8, size: tuple[int, int] = SIZE) -> Segmen
     block = DataBlock(
         blocks=(ImageBlock, MaskBlock(codes=np.array(read_codes(path)))),
         splitter=IndexSplitter(range(len(train), len(train) + len(valid))),
-        get_y=mask_of,
+        get_y=label_of,
         item_tfms=[Resize(size, method="squish"), FlipItem()],  # a street seen in a mirror is a street
     )
     return SegmentationDataLoaders.from_dblock(block, train + valid, path=path, bs=bs, num_workers=0)
@@ -283,7 +254,7 @@ class PixelAccuracy(Metric):
 def show_segmentation(
     photo: Image.Image | None, masks: Mapping[str, np.ndarray], codes: Sequence[str], file: Path | None = None
 ) -> None:
-    """Draw a photo (or none) and masks, (H, W) of class indices, side by side, with the colours' names below."""
+    """Draw a photo (or none) and masks, (H, W) of class indices, side by side, with the colors' names below."""
     show_rows([({} if photo is None else {"photo": photo}) | dict(masks)], codes, file)
 
 
@@ -297,20 +268,20 @@ def show_rows(
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
 
-    from deployment.handler import palette
+    from deployment.answers import palette
 
     rows = [{title: np.asarray(picture) for title, picture in row.items()} for row in rows]
-    colours = palette(list(codes))
+    colors = palette(list(codes))
     shown = sorted({int(i) for row in rows for p in row.values() if p.ndim == 2 for i in np.unique(p)})
     n = len(rows[0])
     fig, axes = plt.subplots(len(rows), n, figsize=(3.6 * n, 2.8 * len(rows)), squeeze=False, layout="constrained")
     for row, line in zip(rows, axes, strict=True):
         for picture, ax in zip(row.values(), line, strict=True):
-            ax.imshow(colours[picture] if picture.ndim == 2 else picture, interpolation="nearest")
+            ax.imshow(colors[picture] if picture.ndim == 2 else picture, interpolation="nearest")
             ax.set_axis_off()
     for title, ax in zip(rows[0], axes[0], strict=True):
         ax.set_title(title)
-    patches = [Patch(color=colours[i] / 255, label=codes[i]) for i in shown]
+    patches = [Patch(color=colors[i] / 255, label=codes[i]) for i in shown]
     fig.legend(handles=patches, loc="outside lower center", ncols=min(len(shown), 3 * n), frameon=False, fontsize=8)
     if file:
         part = file.with_suffix(".part")

@@ -12,6 +12,7 @@ from google.oauth2.credentials import Credentials
 from PIL import Image
 
 from deployment import ai_platform
+from deployment.ai_platform.__main__ import main, remedy
 from tests.conftest import CODES, draw_photo, encoded
 from tests.vertex_stand_in import vertex_ai
 
@@ -55,7 +56,7 @@ def test_canary_from_upload_to_clean_up(service, photos, reference, tmp_path):
     for file, photo in zip(files, photos, strict=False):
         file.write_bytes(photo)
     out = tmp_path / "masks"
-    ai_platform.main(["predict", *map(str, files), "--format=png", "--size=original", f"--out={out}"])
+    main(["predict", *map(str, files), "--format=png", "--size=original", f"--out={out}"])
     assert sorted(p.name for p in out.iterdir()) == ["0.png", "1.png"]
     assert Image.open(out / "1.png").size == Image.open(files[1]).size
     random.seed(0)  # the stand-in draws each request's version
@@ -73,7 +74,7 @@ def test_canary_from_upload_to_clean_up(service, photos, reference, tmp_path):
     assert len(endpoint.list_models()) == len(service.containers) == 1
     with pytest.raises(ValueError, match="version 1 is not deployed"):
         ai_platform.traffic({"1": 100})
-    described = ai_platform.describe()
+    described = ai_platform.overview()
     assert "version 2  100 % of traffic  n1-standard-4 + NVIDIA_TESLA_T4  1 to 1 replica(s)" in described
     log = endpoint.gca_resource.predict_request_response_logging_config
     assert log.enabled and log.sampling_rate == pytest.approx(0.1)
@@ -175,19 +176,19 @@ def test_wrong_calls_get_the_services_own_errors(service):
 def test_commands_say_what_to_do(service, tmp_path, monkeypatch, capsys):
     def said(*arguments: str) -> str:
         with pytest.raises(SystemExit) as exit:
-            ai_platform.main(arguments)
+            main(arguments)
         return str(exit.value)
 
     assert f"substitutions=_IMAGE={IMAGE}:9" in said("upload", f"{IMAGE}:9")
     assert "ai_platform upload" in said("deploy")
     assert "ai_platform deploy" in said("predict", __file__)
     assert "No such file" in said("predict", "none.png")
-    ai_platform.main(["list"])
+    main(["list"])
     assert capsys.readouterr().out.endswith("\nnothing is named fastunet\n")
-    ai_platform.main(["upload", f"{IMAGE}:1"])
+    main(["upload", f"{IMAGE}:1"])
     assert capsys.readouterr().out.endswith("models/fastunet version 1\n")
-    ai_platform.main(["delete"])
-    ai_platform.main(["delete"])
+    main(["delete"])
+    main(["delete"])
     assert capsys.readouterr().out.endswith("nothing was left of fastunet\n")
 
     key = json.loads(Path(service.folder / "key.json").read_text())
@@ -202,7 +203,7 @@ def test_commands_say_what_to_do(service, tmp_path, monkeypatch, capsys):
 
 
 def test_quota_and_permission_advice():
-    assert "quotas preferences create" in ai_platform.remedy(exceptions.ResourceExhausted("quota"), "mine")
+    assert "quotas preferences create" in remedy(exceptions.ResourceExhausted("quota"), "mine")
     disabled = exceptions.PermissionDenied("Vertex AI API has not been used in project 1 before or it is disabled.")
-    assert ai_platform.remedy(disabled, "mine") == "gcloud services enable aiplatform.googleapis.com --project=mine"
-    assert "roles/aiplatform.user" in ai_platform.remedy(exceptions.PermissionDenied("no"), "mine")
+    assert remedy(disabled, "mine") == "gcloud services enable aiplatform.googleapis.com --project=mine"
+    assert "roles/aiplatform.user" in remedy(exceptions.PermissionDenied("no"), "mine")

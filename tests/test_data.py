@@ -14,6 +14,7 @@ from PIL import Image
 
 import camvid
 from camvid import DataError, PixelAccuracy, dataloaders, get_data, split_files, void_index
+from deployment.export.dataset import label_of, list_photos
 from scenes import CODES, draw_scene
 
 
@@ -42,7 +43,7 @@ def arrays(folder, photos):
     """Photos uint8 (N, H, W, 3) and masks uint8 (N, H, W)."""
     return (
         np.stack([np.array(Image.open(p)) for p in photos]),
-        np.stack([np.array(Image.open(camvid.mask_of(p))) for p in photos]),
+        np.stack([np.array(Image.open(label_of(p))) for p in photos]),
     )
 
 
@@ -77,7 +78,7 @@ def test_layout_is_fastais(scenes_folder):
 
 
 def test_every_class_appears_and_masks_hold_class_indices_only(scenes_folder):
-    photos, masks = arrays(scenes_folder, camvid.list_photos(scenes_folder))
+    photos, masks = arrays(scenes_folder, list_photos(scenes_folder))
     assert photos.shape == (24, 96, 128, 3) and masks.shape == (24, 96, 128)
     assert set(np.unique(masks)) == set(range(len(CODES)))
     share = np.bincount(masks.ravel()) / masks.size
@@ -136,7 +137,7 @@ def test_scenes_are_drawn_once(tmp_path, monkeypatch):
     monkeypatch.setattr(camvid.draw_scenes, "__defaults__", (3, 2))
     path = get_data("scenes")
     before = {p: p.stat().st_mtime_ns for p in path.rglob("*")}
-    assert get_data("scenes") == path and len(camvid.list_photos(path)) == 5
+    assert get_data("scenes") == path and len(list_photos(path)) == 5
     assert {p: p.stat().st_mtime_ns for p in path.rglob("*")} == before
 
 
@@ -281,7 +282,7 @@ def test_accuracy_leaves_void_out_and_weighs_every_pixel_alike():
 def test_metric_and_label_function_travel_by_reference():
     metric = pickle.loads(pickle.dumps(PixelAccuracy(CODES)))
     assert metric.void == 11 and metric.name == "pixel_accuracy"
-    assert pickle.loads(pickle.dumps(camvid.mask_of)) is camvid.mask_of
+    assert pickle.loads(pickle.dumps(label_of)) is label_of
 
 
 def test_a_model_that_knows_the_answer_scores_one(folder):

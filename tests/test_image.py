@@ -22,7 +22,8 @@ from gcp_storage_emulator.server import create_server as create_storage_emulator
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import storage
 
-from deployment.serve import free_ports, is_ready
+from deployment.processes import free_ports
+from deployment.serve import is_ready
 from tests.test_ai_platform import photos, reference  # noqa: F401
 
 pytestmark = [pytest.mark.image, pytest.mark.timeout(3600)]
@@ -202,16 +203,10 @@ def test_holds_what_serving_needs_and_no_more(image, container):
     name = buildah("from", IMAGE).strip()
     try:
         root = Path(buildah("mount", name).strip())
-        assert sorted(p.name for p in (root / "app").rglob("*") if p.is_file()) == sorted(
-            [
-                "__init__.py",
-                "config.properties",
-                "fastunet.mar",
-                "log4j2.xml",
-                "requirements.txt",
-                "serve.py",
-            ]
-        )
+        files = {str(p.relative_to(root / "app")) for p in (root / "app").rglob("*") if p.is_file()}
+        settings = {"config.properties", "log4j2.xml", "requirements.txt"}
+        modules = {p.name for p in (ROOT / "deployment").glob("*.py")}
+        assert files == {f"deployment/{name}" for name in modules | settings} | {"model_store/fastunet.mar"}
         packages = {p.name.split("-")[0] for p in (root / "opt/venv").rglob("*.dist-info")}
         assert {"torch", "torchvision", "torchserve"} <= packages
         assert not packages & {"fastai", "jupyter", "notebook", "triton", "pip", "uv"}

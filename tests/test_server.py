@@ -20,8 +20,10 @@ import pytest
 from conftest import CODES, ROOT, draw_photo, encoded
 from PIL import Image
 
-from deployment.handler import palette
-from deployment.serve import describe, free_ports, is_ready
+from deployment.answers import palette
+from deployment.archive import find_archive
+from deployment.processes import free_ports, started
+from deployment.serve import is_ready, model_status, workers_and_threads
 
 PREDICT = "/predictions/fastunet"
 
@@ -112,10 +114,9 @@ def test_overlay(client, photo, predict, how, size):
     assert how == "json" or answer.headers["content-type"] == "image/jpeg"
     size = (320, 240) if size == "original" else (96, 64)
     colors = palette(CODES)[nearest(predict(photo), size)]
-    expected = (np.array(picture(photo).resize(size, Image.Resampling.BILINEAR)) / 2 + colors / 2).astype(int)
-    image = picture(data)
-    assert image.format == "JPEG" and image.size == size
-    assert np.abs(np.array(image).astype(int) - expected).mean() < 12  # JPEG loses some
+    expected = Image.blend(picture(photo).resize(size, Image.Resampling.BILINEAR), Image.fromarray(colors), 0.5)
+    assert picture(data).format == "JPEG" and picture(data).size == size
+    assert np.array_equal(np.array(picture(data)), np.array(picture(encoded(expected, "JPEG"))))
 
 
 def test_json_size_original(client, photo, predict):
@@ -380,7 +381,7 @@ def listening(pid: int) -> set[str]:
 
 
 def test_addresses_are_loopback_and_models_stay(server, ports, photo):
-    java = psutil.Process(describe(ports["management_port"])["workers"][0]["pid"]).parent()
+    java = psutil.Process(model_status(ports["management_port"])["workers"][0]["pid"]).parent()
     assert {ip.removeprefix("::ffff:") for ip in listening(java.pid)} == {"127.0.0.1"}
     management = f"http://127.0.0.1:{ports['management_port']}"
     assert httpx.post(f"{management}/models", params={"url": "fastunet.mar"}).status_code == 405
@@ -424,23 +425,25 @@ def answers(url: str) -> bool:
         return False
 
 
-def check(ports: dict[str, int], folder: Path) -> int:
+def check(ports: dict[str, int], folder: Path, name: str, **environment: str) -> int:
     """The exit status of `python -m deployment.serve --check`."""
     command = [sys.executable, "-m", "deployment.serve", "--check", f"--management-port={ports['management_port']}"]
-    return subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=folder).returncode
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run([*command, f"--name={name}"], env=env, cwd=folder).returncode
 
 
 def test_check_and_a_stop_that_loses_nothing(model_store, tmp_path, photo, predict):
-    with foreground(model_store, tmp_path) as (process, ports):
-        url = f"http://127.0.0.1:{ports['port']}"
-        wait_for(lambda: answers(f"{url}/ping"))
-        early = check(ports, tmp_path)
-        assert early == 1 or is_ready(ports["management_port"])  # Java listens, no worker is ready
-        wait_for(lambda: is_ready(ports["management_port"]))
-        assert check(ports, tmp_path) == 0
+    dead = f"http://127.0.0.1:{free_ports(1)[0]}"  # a proxy for the network is none of a local server's business
+    proxies = {"http_proxy": dead, "HTTP_PROXY": dead, "no_proxy": "", "NO_PROXY": ""}
+    with foreground(model_store, tmp_path, "--name", "street", **proxies) as (process, ports):
+        url, route = f"http://127.0.0.1:{ports['port']}", "/predictions/street"
+        assert check(ports, tmp_path, "street", **proxies) == 1  # Java has not even begun
+        wait_for(lambda: is_ready(ports["management_port"], name="street"))
+        assert check(ports, tmp_path, "street", **proxies) == 0
+        assert check(ports, tmp_path, "another") == 1
         body = {"instances": [{"b64": b64(photo)}] * 4}
         with ThreadPoolExecutor(3) as pool:
-            sent = [pool.submit(httpx.post, url + PREDICT, json=body, timeout=300) for _ in range(3)]
+            sent = [pool.submit(httpx.post, url + route, json=body, timeout=300) for _ in range(3)]
             wait_for(lambda: count(metrics(ports), "ts_inference_requests_total") == 3)
             process.send_signal(signal.SIGTERM)
             for answer in sent:
@@ -448,7 +451,7 @@ def test_check_and_a_stop_that_loses_nothing(model_store, tmp_path, photo, predi
                 masks = [mask_of(p) for p in answer.result().json()["predictions"]]
                 assert all(np.array_equal(mask, predict(photo)) for mask in masks)
         assert process.wait(120) == 0
-        assert check(ports, tmp_path) == 1
+        assert check(ports, tmp_path, "street") == 1
 
 
 @pytest.mark.parametrize("seconds", [0, 2], ids=["at a worker's birth", "while it imports torch"])
@@ -526,9 +529,78 @@ def test_a_port_that_is_taken_is_named(model_store, server, ports):
     assert result.returncode == 1 and re.search(rf"error: port {ports['port']} .* is taken", result.stderr)
 
 
+def serve_error(folder: Path, *arguments: str, **environment: str) -> str:
+    """What `python -m deployment.serve` says, in one line, where it cannot start."""
+    command = [sys.executable, "-m", "deployment.serve", "--model-store", str(folder), *arguments]
+    env = os.environ | environment
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
+    return result.stderr
+
+
+def test_says_in_one_line_why_it_cannot_start(tmp_path):
+    assert "no archive fastunet.mar" in serve_error(tmp_path)
+    for name in ("street", "field"):
+        (tmp_path / f"{name}.mar").touch()
+    assert "there are field.mar, street.mar: choose with --name" in serve_error(tmp_path)
+    assert "finds no GPU it can use" in serve_error(tmp_path, "--name=street", "--require-gpu", CUDA_VISIBLE_DEVICES="")
+    assert "must not be negative" in serve_error(tmp_path, "--name=street", TS_DEFAULT_WORKERS_PER_MODEL="-1")
+
+
+def test_the_only_archive_is_served_by_any_name(tmp_path):
+    (tmp_path / "street.mar").touch()
+    assert find_archive(tmp_path) == (tmp_path / "street.mar", "street")
+    assert find_archive(tmp_path, "canary") == (tmp_path / "street.mar", "canary")
+    (tmp_path / "fastunet.mar").touch()
+    assert find_archive(tmp_path) == (tmp_path / "fastunet.mar", "fastunet")
+    assert find_archive(tmp_path, "street") == (tmp_path / "street.mar", "street")
+
+
+def test_no_workers_are_as_many_as_by_default(monkeypatch):
+    default = workers_and_threads()
+    monkeypatch.setenv("TS_DEFAULT_WORKERS_PER_MODEL", "0")
+    assert workers_and_threads() == default
+
+
+def test_a_guard_that_cannot_start_leaves_no_server_behind(monkeypatch):
+    begun, popen = [], subprocess.Popen
+
+    def without_sh(argv, **options):
+        if argv[0] == "sh":
+            raise FileNotFoundError("sh")
+        begun.append(popen(argv, **options))
+        return begun[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", without_sh)
+    with pytest.raises(FileNotFoundError, match="sh"), started(["sleep", "60"], dict(os.environ)):
+        pass
+    assert begun[0].poll() is not None
+
+
+def test_tokens_go_where_the_user_may_write(model_store, tmp_path):
+    """As in the image, where the working directory is not the user's."""
+    (tmp_path / "read only").mkdir(mode=0o555)
+    script = "import os, sys; os.access = lambda *_: False; from deployment.serve import main; main()"
+    command = [sys.executable, "-c", script, "--model-store", str(model_store), "--auth"]
+    command += [f"--{name}-port={port}" for name, port in zip(("management", "metrics"), free_ports(2), strict=True)]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)} | ONE_WORKER
+    process = subprocess.Popen(
+        [*command, f"--port={free_ports(1)[0]}"], cwd=tmp_path / "read only", env=env, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        process.stdout.readline()
+        key_file = Path(process.stdout.readline().removeprefix("tokens: ").strip())
+        assert tmp_path in key_file.parents and (tmp_path / "read only") not in key_file.parents
+        wait_for(key_file.exists)
+        assert key_file.stat().st_mode & 0o777 == 0o600
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+
+
 def test_a_killed_worker_costs_only_its_own_requests(server, ports, photo, predict):
     expected = predict(photo)
-    workers = {worker["pid"] for worker in describe(ports["management_port"])["workers"]}
+    workers = {worker["pid"] for worker in model_status(ports["management_port"])["workers"]}
     killed = None
     answers = []  # when, status, right
 
@@ -555,5 +627,7 @@ def test_a_killed_worker_costs_only_its_own_requests(server, ports, photo, predi
         f"\nSIGKILL of a worker: {len(good)} good answers, {len(failed)} failed, the next good one after {after:.1f} s"
     )
     assert after < 15
-    wait_for(lambda: [w["status"] for w in describe(ports["management_port"])["workers"]] == ["READY"] * len(workers))
-    assert {worker["pid"] for worker in describe(ports["management_port"])["workers"]} != workers
+    wait_for(
+        lambda: [w["status"] for w in model_status(ports["management_port"])["workers"]] == ["READY"] * len(workers)
+    )
+    assert {worker["pid"] for worker in model_status(ports["management_port"])["workers"]} != workers

@@ -52,7 +52,7 @@ from google.cloud.aiplatform_v1 import types
 from google.longrunning import operations_pb2
 from google.protobuf import any_pb2, empty_pb2, json_format, timestamp_pb2
 
-from deployment.serve import free_ports, started
+from deployment.processes import free_ports, started
 
 ROOT = Path(__file__).parents[1]
 PROJECT, LOCATION = "local-project", "us-central1"

@@ -1,0 +1,90 @@
+"""Masks to answers: the shares of the classes, a coloured PNG, an overlay on the photo. NumPy and Pillow alone."""
+
+import colorsys
+import io
+
+import numpy as np
+from PIL import Image
+
+if __package__:
+    from .protocol import bad_request
+else:  # in the archive, where the files lie side by side
+    from protocol import bad_request
+
+# The colors of the CamVid database (Brostow et al. 2009), and of the names that its 11-class subset goes by.
+CAMVID_COLORS = {
+    "animal": (64, 128, 64), "archway": (192, 0, 128), "bicyclist": (0, 128, 192), "bridge": (0, 128, 64),
+    "building": (128, 0, 0), "car": (64, 0, 128), "cartluggagepram": (64, 0, 192), "child": (192, 128, 64),
+    "column_pole": (192, 192, 128), "pole": (192, 192, 128), "fence": (64, 64, 128), "lanemkgsdriv": (128, 0, 192),
+    "lanemkgsnondriv": (192, 0, 64), "misc_text": (128, 128, 64), "motorcyclescooter": (192, 0, 192),
+    "othermoving": (128, 64, 64), "parkingblock": (64, 192, 128), "pedestrian": (64, 64, 0), "road": (128, 64, 128),
+    "roadshoulder": (128, 128, 192), "sidewalk": (0, 0, 192), "pavement": (0, 0, 192), "signsymbol": (192, 128, 128),
+    "sky": (128, 128, 128), "suvpickuptruck": (64, 128, 192), "trafficcone": (0, 0, 64), "trafficlight": (0, 64, 64),
+    "train": (192, 64, 128), "tree": (128, 128, 0), "truck_bus": (192, 128, 192), "tunnel": (64, 0, 64),
+    "vegetationmisc": (192, 192, 0), "void": (0, 0, 0), "wall": (64, 192, 0),
+}  # fmt: skip
+MAX_JPEG_SIDE = 65500  # pixels
+
+
+def segmentation_answer(mask: np.ndarray, classes: list[str], format: str, photo: Image.Image | None) -> dict:
+    """The answer for one photo: the mask (uint8, height × width) as bytes or as a picture, and what is in it.
+
+    `format` is json, png or overlay; only an overlay needs `photo`.
+    """
+    if format == "png":
+        content = {"png": encode(mask_image(mask, classes), "PNG")}
+    elif format == "overlay":
+        content = {"jpeg": encode(overlay(photo, mask, classes), "JPEG")}
+    else:
+        content = {"base64_prediction": mask.tobytes()}
+    return content | {"shape": list(mask.shape), "classes": shares(mask, classes)}
+
+
+def shares(mask: np.ndarray, classes: list[str]) -> dict[str, float]:
+    """The share of the pixels that each class has, of those that occur. Classes of one name are counted as one."""
+    pixels = {}
+    for name, n in zip(classes, Image.fromarray(mask).histogram(), strict=False):
+        if n:
+            pixels[name] = pixels.get(name, 0) + n
+    return {name: round(n / mask.size, 6) for name, n in pixels.items()}
+
+
+def palette(classes: list[str]) -> np.ndarray:
+    """A color for each class name: uint8 (len(classes), 3), RGB. CamVid's where it has one, else distinct hues."""
+    colors, taken = [], set()
+    for i, name in enumerate(classes):
+        color = CAMVID_COLORS.get(str(name).lower())
+        step = 0
+        while color is None or color in taken:  # the golden ratio spreads hues, however many there are
+            hue, value = (0.07 + 0.618034 * (i + step)) % 1, (1.0, 0.75, 0.5)[(i + step) % 3]
+            color, step = tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue, 0.85, value)), step + 1
+        colors.append(color)
+        taken.add(color)
+    return np.array(colors, np.uint8)
+
+
+def mask_image(mask: np.ndarray, classes: list[str]) -> Image.Image:
+    """`mask` (uint8, height × width) as a palette image: pixel value = class, colored by `palette`."""
+    image = Image.fromarray(mask)
+    image.putpalette(palette(classes).tobytes())
+    return image
+
+
+def overlay(photo: Image.Image, mask: np.ndarray, classes: list[str]) -> Image.Image:
+    """`photo`, brought to the size of `mask` (uint8, height × width), with the mask's colors half transparent on it.
+
+    Raises:
+        Rejected: 400 for a size that no JPEG can have.
+    """
+    size = mask.shape[::-1]
+    if max(size) > MAX_JPEG_SIDE:
+        raise bad_request("no JPEG can be as wide or high as this photo: ask for size=model or format=png")
+    photo = photo.convert("RGB") if photo.size == size else photo.convert("RGB").resize(size, Image.Resampling.BILINEAR)
+    return Image.blend(photo, mask_image(mask, classes).convert("RGB"), 0.5)
+
+
+def encode(image: Image.Image, format: str) -> bytes:
+    """`image` as the bytes of a PNG or JPEG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format)
+    return buffer.getvalue()

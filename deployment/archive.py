@@ -1,0 +1,132 @@
+"""Make the archive that TorchServe serves, of what the export wrote: `python -m deployment.archive model_store`.
+
+This is the one place that knows which files an archive needs.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from .config import read_config
+
+HERE = Path(__file__).parent
+MODULES = ("answers.py", "config.py", "photos.py", "protocol.py", "runtime.py")  # that handler.py imports
+MODEL_FILES = {"eager": ("fastunet.pth",), "openvino": ("fastunet.bin", "fastunet.xml")}  # by runtime
+
+
+class ArchiveError(Exception):
+    """The archive cannot be made; the message says why, in one line."""
+
+
+def archiver_command(folder: Path | str, name: str = "fastunet", version: str = "1.0") -> list[str]:
+    """The command that packs what the export wrote into `folder` as `folder`/`name`.mar.
+
+    Raises:
+        ArchiveError: `folder` lacks a file that the archive needs.
+    """
+    folder = Path(folder)
+    try:
+        runtime = read_config(folder).runtime
+    except (OSError, ValueError) as error:
+        raise ArchiveError(f"{error}: run `python -m deployment.export LEARNER.pkl --out {folder}` first") from None
+    model_files = [folder / file for file in MODEL_FILES[runtime]]
+    for path in model_files:
+        if not path.is_file():
+            raise ArchiveError(f"no {path}, which the runtime {runtime} needs: export the learner again")
+    serialized, *extra = model_files
+    return [
+        "torch-model-archiver",
+        *("--model-name", name, "--version", version, "--force"),
+        *("--handler", shown(HERE / "handler.py"), "--model-file", shown(HERE / "model.py")),
+        *("--extra-files", ",".join(shown(path) for path in [*(HERE / module for module in MODULES), *extra])),
+        *("--serialized-file", shown(serialized), "--config-file", shown(folder / "model-config.yaml")),
+        *("--export-path", shown(folder)),
+    ]
+
+
+def shown(path: Path) -> str:
+    """`path` from here, where it lies below the working directory."""
+    path = path.resolve()
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def make_archive(folder: Path | str, name: str = "fastunet", version: str = "1.0") -> Path:
+    """Print and run `archiver_command`; return the archive, which appears whole or not at all.
+
+    Raises:
+        ArchiveError: a file is missing, or torch-model-archiver is, or it failed.
+    """
+    command = archiver_command(folder, name, version)
+    print(shlex.join(command).replace(" --", " \\\n    --"), flush=True)
+    beside = Path(sys.executable).parent  # an environment's commands, also where it is not activated
+    program = shutil.which(command[0], path=beside) or shutil.which(command[0])
+    if not program:
+        raise ArchiveError("torch-model-archiver is not installed: pip install torch-model-archiver")
+    target = Path(folder, f"{name}.mar")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".archive-") as scratch:
+        # The archiver works in $TMPDIR/NAME, whoever else does, and writes as it goes: both happen aside.
+        command = [program, *command[1:-1], scratch]
+        run = subprocess.run(command, env=os.environ | {"TMPDIR": scratch}, capture_output=True, text=True)
+        if run.returncode:
+            raise ArchiveError(f"torch-model-archiver failed: {(run.stderr.strip() or run.stdout.strip())[-500:]}")
+        os.replace(Path(scratch, target.name), target)
+    return target
+
+
+def find_archive(model_store: Path | str, name: str | None = None) -> tuple[Path, str]:
+    """The archive in `model_store` and the name to serve it by: `name`, else its own.
+
+    That is `name`.mar, else the only archive there is. With several and no `name` it is fastunet.mar.
+
+    Raises:
+        FileNotFoundError: there is none; the message says what there is.
+    """
+    archives = sorted(Path(model_store).resolve().glob("*.mar"))
+    wanted = name or (archives[0].stem if len(archives) == 1 else "fastunet")
+    found = next((path for path in archives if path.stem == wanted), archives[0] if len(archives) == 1 else None)
+    if found is None:
+        there = f"there are {', '.join(path.name for path in archives)}: choose with --name" if archives else ""
+        how = there or "`make demo` makes one, or `python -m deployment.archive` of what was exported"
+        raise FileNotFoundError(f"no archive {wanted}.mar in {model_store}: {how}")
+    return found, wanted
+
+
+def fetch(uri: str, name: str | None = None) -> Path:
+    """A new folder with the archives that lie in `uri`, a Cloud Storage folder `gs://BUCKET/FOLDER`.
+
+    Raises:
+        FileNotFoundError: there is none; other errors are google-cloud-storage's own.
+    """
+    from google.cloud import storage
+
+    folder = Path(tempfile.mkdtemp(prefix="model-store-"))
+    bucket, _, prefix = uri.removeprefix("gs://").rstrip("/").partition("/")
+    for blob in storage.Client().list_blobs(bucket, prefix=f"{prefix}/" if prefix else None):
+        if blob.name.endswith(".mar") and (name is None or blob.name.endswith(f"/{name}.mar")):
+            blob.download_to_filename(folder / Path(blob.name).name)
+    if not any(folder.iterdir()):
+        raise FileNotFoundError(f"no archive {name or '*'}.mar in {uri}")
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m deployment.archive", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", default="model_store", help="what the export wrote (default: %(default)s)")
+    parser.add_argument("--name", default="fastunet", help="name of the model, and so of its route: %(default)s")
+    parser.add_argument("--version", default="1.0", help="default: %(default)s")
+    args = parser.parse_args()
+    try:
+        archive = make_archive(args.folder, args.name, args.version)
+    except ArchiveError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"wrote {archive} ({archive.stat().st_size / 1e6:.0f} MB)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Export a fastai U-Net learner for serving: `python -m deployment.export LEARNER.pkl --out model_store`.
+
+Everything that serving must know is read off the learner: the network's architecture and options, what happens to a
+photo at validation time, how logits become a mask, the class names. Then the pure-PyTorch copy is proven equal, on
+photos, through the complete pipeline of either side; only then are weights and configuration written.
+
+This package is the only place that knows fastai, OpenVINO's converter and NNCF. Nothing of it runs on a server.
+"""
+
+import dataclasses
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+import yaml
+
+from ..config import Config, read_config
+from ..runtime import RuntimeUnavailable, check_runtime
+from .convert import convert
+from .describe import describe_learner
+from .learner import ExportError, load_learner, unet
+from .prove import find_photos, prove, sample_photos
+
+__all__ = ["ExportError", "export_learner", "load_learner"]
+
+CONFIG_HEAD = """\
+# TorchServe's configuration of this model, for `torch-model-archiver --config-file`.
+# How many workers run is not said here: deployment/serve.py decides it by the machine's cores.
+batchSize: 4         # requests handed to a worker together, at most; on a GPU 32, which go through the model as one
+maxBatchDelay: 1     # ms that the first of them waits for others (0 would mean 100); those that come while the workers
+                     # compute gather anyway, and are handed over with one message in place of several
+responseTimeout: 120 # s until a worker that does not answer is restarted
+
+# What deployment/handler.py must know of the learner, read off it by deployment/export: see deployment/config.py.
+"""
+
+
+def export_learner(
+    learner,
+    out_dir: Path | str,
+    *,
+    check: Path | str | None = None,
+    tolerance: float = 0.0,
+    runtime: str = "eager",
+    precision: str = "fp32",
+    calibrate: Path | str | None = None,
+    max_drop: float = 0.5,
+) -> Path:
+    """Write `fastunet.pth` and `model-config.yaml` of `learner` into `out_dir`, once they are proven; return `out_dir`.
+
+    For the runtime `openvino` the converted model, `fastunet.xml` and `fastunet.bin`, is written too.
+
+    Args:
+        learner: a `fastai.learner.Learner` around a U-Net, as `unet_learner` makes it.
+        out_dir: folder to write into; files already there are replaced whole, or left as they are.
+        check: folder of photos to prove the copy on; default: generated photos of several sizes and modes.
+        tolerance: greatest difference of a logit that is accepted, on a GPU only; on a CPU there is none.
+        runtime, precision: what serves the model, see `deployment.runtime.PRECISIONS`.
+        calibrate, max_drop: as in `deployment.export.convert.convert`.
+
+    Raises:
+        ExportError: the learner holds something that cannot be reproduced, the copy's output differs, the runtime
+            cannot be had, or the converted model is not good enough.
+    """
+    config = describe_learner(learner)
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out_dir, prefix=".export-") as scratch:
+        folder = Path(scratch, "store")  # takes its place in `out_dir` once all is well
+        folder.mkdir()
+        photos = find_photos(check) if check else sample_photos(scratch, config.img_size)
+        state = {name: value.detach().cpu().contiguous() for name, value in unet(learner).state_dict().items()}
+        torch.save(state, folder / "fastunet.pth")
+        write_config(config, folder)
+        prove(learner, read_config(folder), folder, photos, tolerance)
+        try:
+            check_runtime(runtime, precision)
+            if runtime == "openvino":
+                write_config(convert(config, folder, precision, calibrate, max_drop), folder)
+        except RuntimeUnavailable as error:
+            raise ExportError(str(error)) from error
+        for path in folder.iterdir():
+            os.replace(path, out_dir / path.name)
+    return out_dir
+
+
+def write_config(config: Config, folder: Path | str) -> None:
+    """Write `folder`/model-config.yaml: TorchServe's settings, and `config` as its section `handler`."""
+    values = dataclasses.asdict(config)
+    for f in dataclasses.fields(config):
+        if f.default is None and values[f.name] is None:
+            del values[f.name]
+    section = yaml.safe_dump({"handler": values}, sort_keys=False, default_flow_style=None, width=100)
+    Path(folder, "model-config.yaml").write_text(CONFIG_HEAD + section)

@@ -1,0 +1,53 @@
+"""The command line of the export: `python -m deployment.export LEARNER.pkl --out model_store`."""
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+from ..runtime import PRECISIONS
+from . import ExportError, export_learner, load_learner
+
+OWN_LEARNER = Path(__file__).resolve().parents[2] / "model_store" / "learner.pkl"  # that the notebooks write
+
+
+def main() -> None:
+    """The command line; ends with status 2 and one line on stderr where the learner cannot be exported."""
+    parser = argparse.ArgumentParser(
+        prog="python -m deployment.export",
+        description="Export a fastai U-Net learner for serving, once its pure-PyTorch copy is proven equal.",
+    )
+    parser.add_argument("learner", help="the file that learn.export() wrote")
+    parser.add_argument("--out", default="model_store", help="folder to write into (default: %(default)s)")
+    parser.add_argument("--check", metavar="DIR", help="photos to prove the copy on (default: generated ones)")
+    parser.add_argument(
+        "--trust", action="store_true", help="you know where the file is from: loading it runs its code"
+    )
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="to prove on (default: %(default)s)")
+    parser.add_argument("--tolerance", type=float, default=0.0, help="greatest difference of logits, on cuda only")
+    parser.add_argument("--runtime", default="eager", choices=tuple(PRECISIONS), help="default: %(default)s")
+    parser.add_argument("--precision", default="fp32", help="fp32; openvino: int8")
+    parser.add_argument("--calibrate", metavar="DIR", help="photos for int8, with CamVid's labels/ to measure accuracy")
+    parser.add_argument(
+        "--max-drop", type=float, default=0.5, help="points of accuracy that int8 may lose: %(default)s"
+    )
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # fastai's own, about torch.jit
+    try:
+        if not args.trust and Path(args.learner).exists() and Path(args.learner).resolve() != OWN_LEARNER:
+            raise ExportError(
+                f"loading a learner runs the code in it: add --trust if you know where {args.learner} is from"
+            )
+        learner = load_learner(args.learner, device=args.device)
+        options = {
+            name: value for name, value in vars(args).items() if name not in ("learner", "out", "trust", "device")
+        }
+        out = export_learner(learner, args.out, **options)
+    except (ExportError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    print(f"wrote {out / 'fastunet.pth'} and {out / 'model-config.yaml'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Processes and ports of this machine: start a server so that it never outlives its parent, find a free port."""
+
+import contextlib
+import math
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+# Its input ends with the process that started it, however that ended: then the process group $1 has ten seconds to end.
+GUARD = """
+read _; kill -s TERM -- "-$1"
+for second in 1 2 3 4 5 6 7 8 9 10; do sleep 1; kill -s 0 -- "-$1" || exit; done
+kill -s KILL -- "-$1"
+"""
+
+
+def cores() -> int:
+    """The number of cores this process may really use: its CPU affinity, or less where a cgroup grants less."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        available = min(available, max(1, math.ceil(int(quota) / int(period))))
+    return available
+
+
+def free_ports(n: int) -> list[int]:
+    """`n` different TCP ports that are free on loopback now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(n)]
+        for s in sockets:
+            s.bind(("127.0.0.1", 0))
+        return [s.getsockname()[1] for s in sockets]
+
+
+def reserve_port(host: str, port: int) -> socket.socket:
+    """A socket that holds the port and does not listen yet: connections are refused.
+
+    Raises:
+        OSError: something listens on the port already; the message names it.
+    """
+    s = socket.socket()
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        s.bind((host, port))
+    except OSError as e:
+        s.close()
+        raise OSError(
+            f"port {port} on {host} is taken ({e.strerror}): stop what listens there or choose another"
+        ) from None
+    return s
+
+
+@contextlib.contextmanager
+def started(argv: list[str], env: dict[str, str], **popen_options) -> Iterator[subprocess.Popen]:
+    """A server as a child for the length of a `with` block; none of its processes outlives the block or this process.
+
+    It has a process group of its own, so that no Ctrl-C of the terminal's reaches it, and keeps its files (tokens) to
+    the user. A worker that TorchServe has just started does not notice that it ends, hence the guard over the group.
+    """
+    server = subprocess.Popen(argv, env=env, start_new_session=True, umask=0o077, **popen_options)
+    guard = None
+    try:
+        quiet = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        guard = subprocess.Popen(["sh", "-c", GUARD, "guard", str(server.pid)], start_new_session=True, **quiet)
+        yield server
+    finally:
+        stop(server)
+        if guard:
+            guard.kill()
+            guard.communicate()
+
+
+def stop(server: subprocess.Popen) -> None:
+    """Ask the server to stop and wait for it; after 30 s, end it. End what it leaves behind."""
+    server.terminate()
+    try:
+        server.wait(timeout=30)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)

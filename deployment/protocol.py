@@ -1,0 +1,178 @@
+"""The HTTP contract without a server: what a request may look like, and the answer with its status.
+
+| request | |
+|---|---|
+| a photo as the body | |
+| multipart form | the photo in the field `data`, options in `format` and `size` |
+| JSON | `{"instances": [{"b64": …} or {"data": {"b64": …}}, …], "parameters": {…}}`, as AI Platform sends it |
+"""
+
+import base64
+import binascii
+import json
+import re
+from dataclasses import dataclass
+from http import HTTPStatus
+
+MEDIA_TYPES = {"json": "application/json", "png": "image/png", "overlay": "image/jpeg"}  # by format of the answer
+SIZES = ("model", "original")
+MAX_INSTANCES = 64  # photos in one JSON request
+
+
+class Rejected(Exception):
+    """Why a request, or one photo of it, gets an error for an answer. `message` never repeats what was sent."""
+
+    def __init__(self, status: HTTPStatus, type: str, message: str, cause: Exception | None = None):
+        super().__init__(message)
+        self.status, self.type, self.message, self.__cause__ = status, type, message, cause
+
+    def as_json(self) -> dict:
+        return {"code": self.status.value, "type": self.type, "message": self.message}
+
+
+def bad_request(message: str) -> Rejected:
+    return Rejected(HTTPStatus.BAD_REQUEST, "BadRequest", message)
+
+
+def bad_image(message: str) -> Rejected:
+    return Rejected(HTTPStatus.BAD_REQUEST, "BadImage", message)
+
+
+def too_large(message: str) -> Rejected:
+    return Rejected(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "TooLarge", message)
+
+
+def rejection(error: Exception) -> Rejected:
+    """What the client hears of `error`: 507 where memory ran out, 500 for what is not a `Rejected` already."""
+    if isinstance(error, Rejected):
+        return error
+    if out_of_memory(error):
+        return Rejected(HTTPStatus.INSUFFICIENT_STORAGE, "OutOfMemory", "not enough memory for this photo")
+    message = "the server failed on this photo; its log says why"
+    return Rejected(HTTPStatus.INTERNAL_SERVER_ERROR, "InternalError", message, cause=error)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether `error` says that memory ran out: Python's own, torch's on either device, or OpenVINO's."""
+    words = "out of memory|not enough memory|can't allocate memory|cannot allocate memory|bad_alloc"
+    return (
+        isinstance(error, MemoryError) or isinstance(error, RuntimeError) and bool(re.search(words, str(error), re.I))
+    )
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one request asks for."""
+
+    instances: list  # one per photo: bytes, or, of a JSON request, what `read_instance` makes bytes of
+    format: str = "json"  # of the answer: one of MEDIA_TYPES
+    size: str = "model"  # of the mask: one of SIZES
+    is_json: bool = False  # then the answers, one per instance, lie under "predictions"
+
+
+@dataclass(frozen=True)
+class Response:
+    """The answer to one request."""
+
+    status: HTTPStatus
+    content_type: str
+    body: bytes
+
+
+def read_request(fields: dict, accept: str = "") -> Request:
+    """The request in `fields`: `{"body": …}`, or the fields of a multipart form. `accept` is its header.
+
+    Raises:
+        Rejected: 400 for what is none of the three forms of a request, 413 for too many instances.
+    """
+    body = fields.get("data", fields.get("body"))
+    if isinstance(body, str):
+        body = body.encode()
+    if isinstance(body, bytes | bytearray):
+        if not body:
+            raise bad_request("the request is empty: send a photo as the body or in the multipart field `data`")
+        if body[:100].lstrip()[:1] != b"{":
+            return Request([bytes(body)], *read_options(fields, accept))
+        try:
+            body = json.loads(body)
+        except (ValueError, RecursionError):
+            raise bad_request("the body begins like JSON but is not JSON") from None
+    if not isinstance(body, dict):
+        raise bad_request('no photo: send it as the body, in the field `data`, or as {"instances": [{"b64": …}]}')
+    instances, parameters = body.get("instances"), body.get("parameters")
+    if not isinstance(instances, list) or not instances:
+        raise bad_request('JSON must be {"instances": [{"b64": …}, …]} with at least one instance')
+    if len(instances) > MAX_INSTANCES:
+        raise too_large(f"more than {MAX_INSTANCES} instances in one request")
+    if not isinstance(parameters, dict | None):
+        raise bad_request("`parameters` must be an object")
+    return Request(instances, *read_options(parameters or {}), is_json=True)
+
+
+def read_options(fields: dict, accept: str = "") -> tuple[str, str]:
+    """The format and the size of the answer: of the fields, else the first type in `accept` that can be made.
+
+    Raises:
+        Rejected: 400 for a format or a size that does not exist.
+    """
+    accepted = (media_type.split(";")[0].strip().lower() for media_type in accept.split(","))
+    formats = {media_type: name for name, media_type in MEDIA_TYPES.items()} | {"*/*": "json"}
+    default = next((formats[media_type] for media_type in accepted if media_type in formats), "json")
+    values = []
+    for name, choices, value in (("format", MEDIA_TYPES, default), ("size", SIZES, "model")):
+        given = fields.get(name)
+        if isinstance(given, bytes | bytearray):
+            given = given.decode(errors="replace")
+        if given is not None and not (isinstance(given, str) and given in choices):
+            raise bad_request(f"`{name}` must be one of: {', '.join(choices)}")
+        values.append(given or value)
+    return values[0], values[1]
+
+
+def read_instance(instance) -> bytes:
+    """The bytes of the photo in one of `Request.instances`.
+
+    Raises:
+        Rejected: 400 when it is not `{"b64": …}` or `{"data": {"b64": …}}`, or not base64.
+    """
+    if isinstance(instance, bytes):
+        return instance
+    if isinstance(instance, dict) and isinstance(instance.get("data"), dict):
+        instance = instance["data"]
+    if not isinstance(instance, dict) or not isinstance(instance.get("b64"), str):
+        raise bad_request('an instance must be {"b64": …} or {"data": {"b64": …}}')
+    try:
+        return base64.b64decode("".join(instance["b64"].split()), validate=True)
+    except (binascii.Error, ValueError):
+        raise bad_request("`b64` is not base64") from None
+
+
+def respond(request: Request, answers: list[dict | Rejected]) -> Response:
+    """The response to `request`: one answer per photo, in which bytes (a mask, a picture) become base64 in JSON.
+
+    It is an error when no photo could be answered: the server's own where there is one among them, else the first.
+    """
+    errors = [answer for answer in answers if isinstance(answer, Rejected)]
+    status, worst = HTTPStatus.OK, None
+    if len(errors) == len(answers):
+        worst = next((error for error in errors if error.status >= 500), errors[0])
+        status = worst.status if not request.is_json or worst.status >= 500 else HTTPStatus.BAD_REQUEST
+    if request.is_json:
+        content = {"predictions": [as_json(answer) for answer in answers]}
+        if worst:
+            content |= Rejected(status, worst.type, f"no instance is good: {worst.message}").as_json()
+    elif worst:
+        content = worst.as_json()
+    elif request.format == "json":
+        content = as_json(answers[0])
+    else:
+        picture = next(value for value in answers[0].values() if isinstance(value, bytes))
+        return Response(status, MEDIA_TYPES[request.format], picture)
+    return Response(status, MEDIA_TYPES["json"], json.dumps(content).encode())
+
+
+def as_json(answer: dict | Rejected) -> dict:
+    """`answer` as JSON can hold it."""
+    if isinstance(answer, Rejected):
+        return {"error": answer.as_json()}
+    return {k: base64.b64encode(v).decode() if isinstance(v, bytes) else v for k, v in answer.items()}
