@@ -1,7 +1,7 @@
-"""A small learner as another Python pickles it: `python tests/learners/make.py` writes pythonX.Y.pkl.gz and mask.png here.
+"""A small learner as another Python pickles it: `python tests/learners/make.py` writes pythonX.Y.pkl.gz and mask.png.
 
 The label function and the metric exist in this script alone. Of its weights only the signs are kept, a size per
-tensor, so that the file is small; mask.png is that `learn.predict` gives for photo.png.
+tensor, so that the file is small. mask.png is what `learn.predict` gives for photo.png.
 """
 
 import gzip
