@@ -1,8 +1,8 @@
 """Run the notebooks head to foot: `python notebook/run.py 01 02 03 --into model_store -p EPOCHS 3`.
 
 Each notebook runs in a kernel of its own, in the folder `notebook`. The lines that cells tagged `report` print are
-repeated here. With `--into FOLDER` the executed notebooks are written there and the originals stay as they are;
-without it their outputs are written into the originals.
+repeated here, and the epochs of a training as they end. With `--into FOLDER` the executed notebooks are written there
+and the originals stay as they are; without it their outputs are written into the originals.
 """
 
 import argparse
@@ -16,6 +16,8 @@ import nbformat
 import papermill
 from papermill.exceptions import PapermillExecutionError
 
+import progress
+
 HERE = Path(__file__).parent
 BAR = "{desc}{bar:30} {n_fmt}/{total_fmt} cells, {elapsed}"
 
@@ -26,17 +28,43 @@ def run(notebook: Path, output: Path, parameters: dict[str, str]) -> nbformat.No
     Raises:
         PapermillExecutionError: a cell failed; `output` shows which.
     """
-    known = {p for p in parameters if p in papermill.inspect_notebook(notebook)}
-    papermill.execute_notebook(
-        notebook,
-        output,
-        parameters={name: parameters[name] for name in known},
-        cwd=HERE,
-        kernel_name="python3",
-        extra_arguments=["--IPKernelApp.log_level=40"],  # it warns that it listens on loopback
-        progress_bar={"desc": f"{notebook.stem}: ", "bar_format": BAR},
-    )
+    takes = papermill.inspect_notebook(notebook)
+    arguments = ["--IPKernelApp.log_level=40"]  # it warns that it listens on loopback
+    if "EPOCHS" in takes:  # it trains
+        arguments.append("--IPKernelApp.exec_lines=import progress; progress.report()")
+    with progress.shown():
+        papermill.execute_notebook(
+            notebook,
+            output,
+            parameters={name: value for name, value in parameters.items() if name in takes},
+            cwd=HERE,
+            kernel_name="python3",
+            extra_arguments=arguments,
+            progress_bar={"desc": f"{notebook.stem}: ", "bar_format": BAR},
+        )
     return nbformat.read(output, as_version=4)
+
+
+def check(parameters: dict[str, str | int]) -> None:
+    """What would fail minutes later otherwise.
+
+    Raises:
+        ValueError: EPOCHS is no number, or no U-Net can be made of ARCH.
+    """
+    epochs = parameters.get("EPOCHS", 1)
+    if not isinstance(epochs, int) or epochs < 1:
+        raise ValueError(f"EPOCHS={epochs}: give a whole number, 1 or more")
+    if arch := parameters.get("ARCH"):
+        sys.path.insert(0, str(HERE.parent))
+        import torch
+
+        from deployment.model import DynamicUnetDIY
+
+        try:
+            with torch.device("meta"):  # shapes alone
+                DynamicUnetDIY(arch, 2)
+        except ValueError as e:
+            raise ValueError(f"ARCH={arch}: {e}") from e
 
 
 def report(executed: nbformat.NotebookNode) -> str:
@@ -74,6 +102,10 @@ def main() -> None:
     os.environ |= {"PYTHONWARNINGS": "ignore", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
 
     parameters = {name: int(value) if value.isdecimal() else value for name, value in args.parameters}
+    try:
+        check(parameters)
+    except ValueError as e:
+        sys.exit(f"error: {e}")
     if os.path.isdir(parameters.get("DATA", "")):  # the kernel runs in notebook/
         parameters["DATA"] = os.path.relpath(parameters["DATA"], HERE)
     for number in args.numbers:
