@@ -1,6 +1,7 @@
 """OpenVINO on a CPU, for any number of threads that ask at once. The package is imported only where it is used."""
 
 import logging
+import os
 import queue
 import threading
 from collections.abc import Callable
@@ -13,12 +14,12 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 
-def load_openvino(model, threads: int, precision: str = "fp32", most: int | None = None) -> Callable[[Tensor], Tensor]:
+def load_openvino(model, threads: int, precision: str = "fp32") -> Callable[[Tensor], Tensor]:
     """The model as a thread-safe function from float32 (N, channels, H, W) to its output for each of the N photos.
 
     Photos that come together are computed side by side, one on each of the `threads`: threads that work on one photo
-    wait for each other, which costs throughput. A photo that comes while no other is computed gets `most` threads
-    (default: as many again as `threads`), and is ready sooner. How many photos are being computed is counted here.
+    wait for each other, which costs throughput. A photo that comes while no other is computed is ready sooner with all
+    `threads`, and, where several processes share the cores, with those of one more. Who computes is counted here.
 
     Args:
         model: what `convert` made, a path or a model in memory.
@@ -30,7 +31,7 @@ def load_openvino(model, threads: int, precision: str = "fp32", most: int | None
     requests = queue.SimpleQueue()  # those that no photo is in
     for _ in range(threads):
         requests.put(together.create_infer_request())
-    most = most or threads
+    most = min(max(threads, 2), available_cores())
     alone = compile_model(model, most, precision=precision).create_infer_request() if most > 1 else None
     pool = ThreadPoolExecutor(threads) if threads > 1 else None
     lock, photos = threading.Lock(), 0
@@ -76,6 +77,10 @@ def compile_model(model: Path | str | object, threads: int, streams: int = 1, pr
         "ENABLE_CPU_PINNING": False,  # several processes would all be pinned to the same cores
     }
     return openvino.Core().compile_model(model, "CPU", settings)
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def has_bf16() -> bool:

@@ -1,4 +1,4 @@
-"""Shared fixtures: a small learner, its model store with a real archive, a server of each kind for the whole session."""
+"""Shared fixtures: a small learner, its model store with a real archive, a server of each kind for all tests."""
 
 import contextlib
 import functools

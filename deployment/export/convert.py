@@ -133,7 +133,7 @@ def quantized(base, samples: list, inputs, labels, original, config: Config, max
     nncf = import_optional("nncf")
     data = nncf.Dataset(samples)
     settings = {"preset": nncf.QuantizationPreset.MIXED, "subset_size": len(samples)}
-    names = [op.get_friendly_name() for op in base.get_ordered_ops() if op.get_type_name() == "Convolution"]
+    names = convolutions(base)
     first, ends = nncf.IgnoredScope(names=names[:1]), nncf.IgnoredScope(names=names[:1] + names[-3:])
     yield nncf.quantize(base, data, ignored_scope=first, **settings)
     yield nncf.quantize(base, data, ignored_scope=ends, **settings)
@@ -146,3 +146,8 @@ def quantized(base, samples: list, inputs, labels, original, config: Config, max
 
     control = {"max_drop": max_drop, "ignored_scope": first, **settings}
     yield nncf.quantize_with_accuracy_control(base, data, nncf.Dataset(inputs), change, **control)
+
+
+def convolutions(base) -> list[str]:
+    """The names of the convolutions, in the order in which a photo meets them."""
+    return [op.get_friendly_name() for op in base.get_ordered_ops() if op.get_type_name() == "Convolution"]
