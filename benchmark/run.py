@@ -85,7 +85,7 @@ def calibration(folder: Path, img_size: tuple[int, int]) -> Path:
 
 
 def references(model_store: Path, names: list[str], images: list[bytes]) -> dict[str, list[np.ndarray]]:
-    """The right mask of each photo: "fastai" (here of the copy that export proved equal), and, by the name of the store,
+    """The right mask of each photo: "fastai" (here of the copy that export proved equal) and, by the store's name,
     in process in bf16 and int8 where one of `names` serves them.
     """
     config = read_config(model_store)
