@@ -77,8 +77,8 @@ class Handler:
         """The request, and of its photos the headers: their pixels together have a limit."""
         try:
             request = protocol.read_request(fields, accept)
-        except protocol.Rejected as error:
-            return Job(protocol.Request([]), [Photo(error=error)])
+        except Exception as error:
+            return Job(protocol.Request([]), [Photo(error=protocol.rejection(error))])
         job = Job(request, [Photo() for _ in request.instances])
         for photo, instance in zip(job.photos, request.instances, strict=True):
             try:
