@@ -50,13 +50,6 @@ lint: .venv/installed ## check the style
 clean: ## remove what the pipeline wrote; keep the environment
 	rm -rf model_store/* data logs .pytest_cache .ruff_cache .hypothesis
 
-# The first Python of a supported version makes the environment; uv, from PyPI, fills it.
+# TORCH_BACKEND, from the command line or the environment, chooses PyTorch's build; the default is auto.
 .venv/installed: requirements.txt constraints.txt
-	@for p in python3 python3.12 python3.11 python3.10 python; do \
-	  if $$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then found=$$p; break; fi; \
-	done; \
-	if [ -z "$$found" ]; then echo "error: Python 3.10, 3.11 or 3.12 is needed; none is on the PATH" >&2; exit 1; fi; \
-	echo "installing into .venv with $$($$found --version); the first time this takes a minute or more"; \
-	[ -x $(PY) ] || $$found -m venv .venv || { echo "error: $$found cannot make a virtual environment (Debian: apt install python3-venv)" >&2; exit 1; }; \
-	$(PY) -m pip install --quiet --disable-pip-version-check uv==0.13.9 && \
-	$(PY) -m uv pip install --quiet --python $(PY) -r requirements.txt && touch $@
+	@sh install.sh
