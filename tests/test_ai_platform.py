@@ -157,6 +157,8 @@ def test_batch_of_large_photos(service, predict, tmp_path, monkeypatch, capsys):
     folder = ai_platform.batch(["gs://local-bucket/two.jsonl"], "gs://local-bucket/out", "batch", batch_size=1)
     good, bad = ai_platform.batch_results(folder)  # a request that failed is in a file of its own
     assert ai_platform.error_in(good) is None and "not an image" in ai_platform.error_in(bad)
+    with pytest.raises(FileNotFoundError, match="no gs://local-bucket/none.jsonl"):
+        ai_platform.batch(["gs://local-bucket/none.jsonl"], "gs://local-bucket/out", "batch")
     with pytest.raises(RuntimeError, match="404"):
         ai_platform.batch(["gs://local-bucket/none.jsonl"], "gs://local-bucket/out", "batch", batch_size=1)
     assert len(ai_platform.delete("batch")) == 5

@@ -298,7 +298,7 @@ class VertexAI:
                     endpoint.traffic_split = {deployed.id if k == "0" else k: v for k, v in split.items()}
             return types.DeployModelResponse(deployed_model=deployed)
 
-        return self._later(deploy)
+        return self._later(deploy, "v1beta1" if to_zero else "v1")
 
     def UndeployModel(self, request: types.UndeployModelRequest) -> operations_pb2.Operation:
         endpoint, id = self._endpoint(request.endpoint), request.deployed_model_id
@@ -465,7 +465,8 @@ class VertexAI:
         response.Pack(type(result).pb(result) if hasattr(type(result), "pb") else result)
         return operations_pb2.Operation(name=f"{PARENT}/operations/{new_id()}", done=True, response=response)
 
-    def _later(self, work) -> operations_pb2.Operation:
+    def _later(self, work, api: str) -> operations_pb2.Operation:
+        """An operation that is under way; its response has the type that `api` gives it."""
         operation = operations_pb2.Operation(name=f"{PARENT}/operations/{new_id()}")
         self.operations[operation.name] = operation
 
@@ -473,6 +474,7 @@ class VertexAI:
             finished = operations_pb2.Operation(name=operation.name, done=True)
             try:
                 finished.response.CopyFrom(self._done(work()).response)
+                finished.response.type_url = finished.response.type_url.replace(".v1.", f".{api}.")
             except Exception as e:  # the operation carries it to the client
                 finished.error.code = getattr(e, "grpc_status_code", None).value[0] if is_api_error(e) else 13
                 finished.error.message = getattr(e, "message", str(e))

@@ -1,6 +1,7 @@
 """Batch prediction: many photos by a job, from and to Cloud Storage."""
 
 import base64
+import contextlib
 import io
 import json
 import os
@@ -51,6 +52,7 @@ def batch(
 
     Raises:
         ValueError: there is no photo, or a photo alone is larger than the container takes.
+        FileNotFoundError: there is no such file, here or in Cloud Storage.
         RuntimeError: the job failed.
     """
     from google.cloud import aiplatform
@@ -134,12 +136,22 @@ def storage_client() -> "storage.Client":
     return storage.Client(project=config.project, credentials=None if emulated else config.credentials)
 
 
-def open_blob(uri: str, client: "storage.Client", mode: str):
-    """A file in Cloud Storage, read or written piece by piece: it need not fit into memory."""
+@contextlib.contextmanager
+def open_blob(uri: str, client: "storage.Client", mode: str) -> Iterator:
+    """A file in Cloud Storage, read or written piece by piece: it need not fit into memory.
+
+    Raises:
+        FileNotFoundError: there is no such file, or no such bucket.
+    """
+    from google.api_core import exceptions
     from google.cloud import storage
 
     options = {"content_type": "application/jsonl"} if "w" in mode else {}
-    return storage.Blob.from_uri(uri, client).open(mode, **options)
+    try:
+        with storage.Blob.from_uri(uri, client).open(mode, **options) as file:
+            yield file
+    except exceptions.NotFound:
+        raise FileNotFoundError(f"no {uri}, or no such bucket") from None
 
 
 def batch_results(folder: str) -> Iterator[dict]:

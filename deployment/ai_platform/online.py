@@ -54,14 +54,15 @@ def predict(images: Sequence[Path | str | bytes], name: str = "fastunet", **para
 
 def refusal(error: ValueError) -> Exception:
     """The API's error in the SDK's `Failed to make prediction request. Status code:400, response: …`, else `error`."""
+    import grpc
     from google.api_core import exceptions
 
     if not (found := re.search(r"Status code: ?(\d+), response: (.*)\.$", str(error), re.DOTALL)):
         return error
-    status, message = int(found[1]), found[2]
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        message = json.loads(message)["error"]["message"]
-    return exceptions.from_http_status(status, message)
+    with contextlib.suppress(ValueError, KeyError, TypeError):  # the server's own answer has another form
+        details = json.loads(found[2])["error"]
+        return exceptions.from_grpc_status(grpc.StatusCode[details["status"]], details["message"])
+    return exceptions.from_http_status(int(found[1]), found[2])
 
 
 def mask(prediction: dict) -> "np.ndarray":
