@@ -34,7 +34,7 @@ bench: .venv/installed ## measure against peers and the limit: CONTENDERS=baseli
 soak: .venv/installed ## the long tests: malformed requests by the thousand, a killed worker, 15 minutes of load
 	@$(PY) -m pytest -m soak -s
 
-image: ## build the serving image with docker or podman: TAG=fastunet NAME= TORCH_BACKEND=cpu|cu126|…
+image: ## build the serving image with docker or podman, for the CPU; for a GPU TORCH_BACKEND=cu126: TAG=fastunet NAME=
 	@engine=$$(for e in docker podman; do $$e info >/dev/null 2>&1 && echo $$e && break; done); \
 	if [ -z "$$engine" ]; then echo "error: neither docker nor podman answers here; cloudbuild.yaml builds in the cloud" >&2; exit 1; fi; \
 	BUILDAH_FORMAT=docker $$engine build $(if $(TORCH_BACKEND),--build-arg TORCH_BACKEND=$(TORCH_BACKEND)) $(if $(NAME),--build-arg NAME=$(NAME)) --tag $(TAG) .
