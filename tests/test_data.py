@@ -5,17 +5,25 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
+import nbformat
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import camvid
-from camvid import DataError, PixelAccuracy, dataloaders, get_data, split_files, void_index
+from camvid import DataError, get_data, split_files
 from deployment.export.dataset import label_of, list_photos
 from scenes import CODES, draw_scene
+
+# Batches and metric are defined in notebook 01; a module of its cells makes them importable.
+modeling = sys.modules["modeling"] = ModuleType("modeling")
+for cell in nbformat.read(Path(camvid.__file__).with_name("01_U-net_Modelling.ipynb"), as_version=4).cells:
+    if "definition" in cell.metadata.get("tags", []):
+        exec(cell.source, modeling.__dict__)
+PixelAccuracy, dataloaders, void_index = modeling.PixelAccuracy, modeling.dataloaders, modeling.void_index
 
 
 @pytest.fixture(scope="session")

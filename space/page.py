@@ -1,0 +1,126 @@
+"""A page to try a model in the browser: drop a photo, see what the running server, or an endpoint, says of it.
+
+It is a client of a server and no part of one: it lies outside `deployment/`, whose modules go into archive and image.
+"""
+
+import argparse
+import base64
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import gradio as gr
+import httpx
+import numpy as np
+from PIL import Image, ImageDraw
+
+SAMPLE = "sample/street_view_of_a_small_neighborhood.png"
+MAX_SIDE = 1024  # pixels of a photo as it is shown; it is sent as it is
+
+
+def ask_server(url: str, photo: bytes) -> dict:
+    """The server's answer to one photo."""
+    try:
+        answer = httpx.post(url, files={"data": photo}, data={"size": "original"}, timeout=120, trust_env=False)
+        content = answer.json()
+    except httpx.TransportError:
+        raise gr.Error(f"No server answers at {url}. Start one with `make serve`, then try again.") from None
+    except ValueError:
+        raise gr.Error(f"{url} answered {answer.status_code} {answer.reason_phrase} and no JSON.") from None
+    if answer.is_error:
+        raise gr.Error(f"{answer.status_code}: {content.get('message', answer.reason_phrase)}")
+    return content
+
+
+def ask_endpoint(name: str, photo: bytes) -> dict:
+    """The answer of the endpoint `name` on AI Platform to one photo."""
+    from google.api_core.exceptions import GoogleAPIError
+    from google.auth.exceptions import GoogleAuthError
+
+    from deployment import ai_platform
+
+    try:
+        ai_platform.connect()
+        (answer,) = ai_platform.predict([photo], name, size="original")
+    except (GoogleAPIError, GoogleAuthError, ValueError) as error:
+        raise gr.Error(f"The endpoint {name} does not answer: {error}") from None
+    if "error" in answer:
+        raise gr.Error(answer["error"]["message"])
+    return answer
+
+
+def show(path: str | None, ask: Callable[[bytes], dict], palette: Callable) -> list:
+    """What the page shows of the photo at `path`: a line of text, a picture, the classes on the photo, their bars."""
+    picture = overlay = bars = gr.update(visible=False)
+    if path is None:
+        return ["", picture, overlay, bars]
+    start = time.perf_counter()
+    answer = ask(Path(path).read_bytes())
+    text = f"answered in {1000 * (time.perf_counter() - start):.0f} ms"
+    photo = Image.open(path).convert("RGB")
+    scale = min(1, MAX_SIDE / max(photo.size))
+    photo = photo.resize([max(1, round(scale * side)) for side in photo.size])
+    if "base64_prediction" in answer:
+        mask, names, colors = read_mask(answer, photo.size, palette)
+        picture = gr.update(value=Image.fromarray(colors[mask]), label="mask", visible=True)
+        areas = [((mask == i).astype(float), name) for i, name in names.items()]
+        color_map = {name: "#" + bytes(colors[i]).hex() for i, name in names.items()}
+        overlay = gr.update(value=(photo, areas), color_map=color_map, visible=True)
+        bars = gr.update(value=answer["classes"], label="shares of the photo", visible=True)
+    elif "probabilities" in answer:
+        text = f"### {answer.get('label') or ', '.join(answer['labels']) or 'none of the labels'}\n{text}"
+        bars = gr.update(value=answer["probabilities"], label="probabilities", visible=True)
+    elif "points" in answer:
+        draw, radius = ImageDraw.Draw(photo), max(3, max(photo.size) // 100)
+        for x, y in answer["points"]:
+            draw.circle((scale * x, scale * y), radius, fill=(255, 0, 80), outline=(255, 255, 255))
+        picture = gr.update(value=photo, label="points", visible=True)
+    else:
+        text = f"### {', '.join(f'{value:g}' for value in answer['values'])}\n{text}"
+    return [text, picture, overlay, bars]
+
+
+def read_mask(answer: dict, size: tuple[int, int], palette: Callable) -> tuple[np.ndarray, dict[int, str], np.ndarray]:
+    """The mask at `size` (width, height), the names of the classes that occur by their index, a color per index."""
+    shape = [int(side) for side in answer["shape"]]  # the cloud's API carries every number as a float
+    mask = np.frombuffer(base64.b64decode(answer["base64_prediction"]), np.uint8).reshape(shape)
+    found = np.unique(mask).tolist()
+    names = list(answer["classes"])  # in the order of the indices; fewer where two classes have one name
+    names = dict(zip(found, names if len(names) == len(found) else map("class {}".format, found), strict=True))
+    colors = palette([names.get(i, "") for i in range(max(found) + 1)])
+    return np.array(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)), names, colors
+
+
+def build(ask: Callable[[bytes], dict], palette: Callable, sample: Path | str, where: str) -> gr.Blocks:
+    """The page. `ask` gives the answer to a photo's bytes, `palette` colors for names; `where` says who answers."""
+    with gr.Blocks(title="Try the model", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        gr.Markdown(f"## Drop a photo\nAnswers come from {where}.")
+        with gr.Row():
+            photo = gr.Image(type="filepath", image_mode=None, sources=["upload", "clipboard"], label="photo")
+            picture = gr.Image(visible=False, interactive=False, format="png")
+        text = gr.Markdown()
+        with gr.Row():
+            overlay = gr.AnnotatedImage(label="overlay: point at a class", visible=False)
+            bars = gr.Label(visible=False, num_top_classes=12, show_heading=False)
+        photo.change(lambda path: show(path, ask, palette), photo, [text, picture, overlay, bars])
+        gr.Examples([[str(sample)]], photo, label="an example")
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("url", nargs="?", default="http://127.0.0.1:8080/predictions/fastunet", help="of the model")
+    parser.add_argument("--endpoint", metavar="NAME", help="ask this endpoint on AI Platform instead of a server")
+    args = parser.parse_args()
+    root = Path(__file__).resolve().parent.parent
+    sys.path.insert(0, str(root))
+    from deployment.answers import palette
+
+    ask = partial(ask_endpoint, args.endpoint) if args.endpoint else partial(ask_server, args.url)
+    build(ask, palette, root / SAMPLE, args.endpoint or args.url).launch(server_name="127.0.0.1", footer_links=[])
+
+
+if __name__ == "__main__":
+    main()
