@@ -1,7 +1,7 @@
 """Closed-loop load: each client sends its next request when it has the answer to the one before.
 
 One thread and one kept-alive connection per client, from Python's own library: at the rates that a U-Net allows this
-costs the machine about half a percent of a core per hundred requests (`python -m benchmark.load` measures it).
+takes about half a percent of a core per hundred requests (`python -m benchmark.load` measures it).
 """
 
 import http.client
@@ -124,8 +124,8 @@ def main() -> None:
     for clients in (1, 8, 32):
         cpu = time.process_time()
         result = run(url, [bytes(40000)] * 8, clients, 3, lambda i, body: body == Echo.body)
-        cost = (time.process_time() - cpu) / (4 * result["rps"])
-        print(f"{clients} clients: {result['rps']:.0f} answers/s, {1e3 * cost:.2f} ms of CPU each, server included")
+        used = (time.process_time() - cpu) / (4 * result["rps"])
+        print(f"{clients} clients: {result['rps']:.0f} answers/s, {1e3 * used:.2f} ms of CPU each, server included")
     server.shutdown()
 
 

@@ -22,27 +22,32 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
-import yaml
 from tqdm import tqdm
 
 from benchmark import contenders, load
 from benchmark.contenders import ALL, FASTEST, HERE, PEERS, ROOT
-from deployment import handler, runtime
-from deployment.serve import cores
+from deployment import runtime
+from deployment.archive import ArchiveError
+from deployment.config import read_config
+from deployment.export import ExportError
+from deployment.export.convert import MIN_AGREEMENT
+from deployment.export.dataset import list_photos
+from deployment.photos import Preprocessor
+from deployment.processes import cores
 
 RESULTS = HERE / "results.json"
 BUILD = HERE / "build"  # model stores of the contenders, kept between runs
-SAME = {"baseline": 1.0, "eager": 1.0, "fastai": 1.0}  # share of pixels that must agree; others: runtime.SAME
+EXACT = ("baseline", "eager", "fastai")  # must agree in every pixel; the others in MIN_AGREEMENT of them
 
 
 def photos(folder: Path | None, count: int = 16) -> list[bytes]:
-    """The JPEG photos in `folder`, or street scenes drawn for the purpose, 480 × 360.
+    """The JPEG photos in `folder` (or its `images/`), or street scenes drawn for the purpose, 480 × 360.
 
     Raises:
         FileNotFoundError: `folder` holds none.
     """
     if folder:
-        found = [path.read_bytes() for path in sorted(folder.glob("*.jp*g"))]
+        found = [path.read_bytes() for path in list_photos(folder) if path.suffix.lower() in (".jpg", ".jpeg")]
         if not found:
             raise FileNotFoundError(f"no JPEG photos in {folder}")
         return found[:count]
@@ -75,15 +80,10 @@ def calibration(folder: Path, img_size: tuple[int, int]) -> Path:
 
 def references(model_store: Path, names: list[str], images: list[bytes]) -> dict[str, list[np.ndarray]]:
     """The right mask of each photo: of fastai (here the copy that export proved equal), and of int8 in process."""
-    config = yaml.safe_load((model_store / "model-config.yaml").read_text())["handler"]
-    tensors = []
-    for image in images:
-        photo = handler.open_image(image, runtime.n_in(config))
-        photo = handler.resize(photo, **config["resize"]) if config["resize"] else photo
-        tensors.append(handler.to_tensor(photo, config["mean"], config["std"], config.get("affine"))[None])
-    network = runtime.Segmenter(config, model_store / "fastunet.pth")
-    with torch.inference_mode():
-        masks = {"fastai": [network(x)[0].numpy() for x in tensors]}
+    config = read_config(model_store)
+    tensors = [x[None] for x in map(Preprocessor(config), images)]
+    predict = runtime.eager(config, model_store, torch.device("cpu"))
+    masks = {"fastai": [predict(x)[0].numpy() for x in tensors]}
     if {FASTEST, *PEERS} & {*names} - {"fastai"}:
         predict = runtime.openvino_model(BUILD / FASTEST / "fastunet.xml")
         masks[FASTEST] = [predict(x)[0].numpy() for x in tensors]
@@ -96,7 +96,7 @@ class Check:
     def __init__(self, name: str, masks: dict[str, list[np.ndarray]]):
         int8 = name == FASTEST or name in PEERS and name != "fastai"
         self.expected, self.fastai = masks[FASTEST if int8 else "fastai"], masks["fastai"]
-        self.at_least = SAME.get(name, runtime.SAME)
+        self.at_least = 1.0 if name in EXACT else MIN_AGREEMENT
         self.agreement: dict[int, float] = {}
 
     def __call__(self, photo: int, body: bytes) -> bool:
@@ -251,7 +251,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that servers are stopped on the way out
     try:
         bench(names, clients, args)
-    except (OSError, RuntimeError, runtime.ConversionError, runtime.RuntimeUnavailable) as error:
+    except (OSError, RuntimeError, ExportError, ArchiveError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -261,12 +261,11 @@ def bench(names: list[str], clients: list[int], args) -> None:
     Raises:
         RuntimeError: contenders failed; the others are measured all the same.
     """
+    config, images = contenders.read_store(args.model_store, names), photos(args.photos)
     if {*PEERS} & {*names}:
         contenders.install_peers()
-    images = photos(args.photos)
-    settings = args.model_store / "model-config.yaml"
-    size = yaml.safe_load(settings.read_text())["handler"]["img_size"] if settings.is_file() else (96, 128)
-    contenders.prepare(names, args.model_store, BUILD, args.calibrate or calibration(BUILD / "scenes", size))
+    scenes = args.calibrate or calibration(BUILD / "scenes", config.img_size)
+    contenders.prepare(names, args.model_store, BUILD, scenes)
     masks = references(args.model_store, names, images)
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     runs, failures = defaultdict(lambda: defaultdict(list)), []

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
+import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -14,24 +16,35 @@ import numpy as np
 import psutil
 import pytest
 import torch
-import yaml
 
 from benchmark import contenders, gpu, limit, load, peers, run, scaling, steps
-from deployment import runtime
+from deployment.config import Config, read_config
+from deployment.export import write_config
+from deployment.export.convert import convert
 from deployment.model import DynamicUnetDIY
-from deployment.serve import free_ports
+from deployment.processes import free_ports
 
 KEYS = {"rps", "p50_ms", "p95_ms", "p99_ms", "errors", "wrong_masks"}
 
 
 @pytest.fixture
 def server():
-    """A server that answers after 20 ms with what was posted; `fail` and `garble` are called with each body."""
+    """A server that answers after 20 ms with what was posted; `fail` and `garble` are called with each body.
+
+    To a GET it answers with metrics.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         connections = set()
         fail = garble = staticmethod(lambda body: False)
+
+        def do_GET(self):
+            metrics = b'ts_inference_requests_total{model_name="fastunet"} 3.0\ninference_seconds_sum{} 0.25\n'
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(metrics)))
+            self.end_headers()
+            self.wfile.write(metrics)
 
         def do_POST(self):
             body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -86,6 +99,19 @@ def test_slow_answers_are_waited_for(server):
     server.handler.garble = staticmethod(lambda body: time.sleep(0.4))
     result = load.run(server.url, PHOTOS, 2, 0.1, same, warm_up=0, rounds=1)
     assert result["rps"] > 0 and result["p50_ms"] >= 400
+
+
+def test_no_proxy_stands_between_client_and_server(server, monkeypatch):
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_ports(1)[0]}")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(urllib.request, "_opener", None)  # urlopen keeps the proxies of its first call
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(server.url)
+    assert contenders.first_answer(server.url, PHOTOS[0], timeout=2) == PHOTOS[0]
+    counted = steps.totals(server.server_port)
+    assert counted["requests"] == 3 and counted["inference"] == 250
+    assert load.run(server.url, PHOTOS, 1, 0.2, same, warm_up=0)["errors"] == 0
 
 
 def test_the_generator_is_no_bottleneck():
@@ -186,16 +212,53 @@ def test_without_an_exported_model_one_line_says_what_to_do(tmp_path, monkeypatc
     assert "\n" not in str(end.value)
 
 
+def test_a_model_store_of_another_version_is_named_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "fastunet.pth").touch()
+    (tmp_path / "model-config.yaml").write_text("handler: {arch: resnet18, n_classes: 2, img_size: [8, 8], codes: []}")
+    monkeypatch.setattr(sys, "argv", ["run", "--contenders", "eager", "--model-store", str(tmp_path)])
+    with pytest.raises(SystemExit, match="unknown setting codes.*run `make demo` again") as end:
+        run.main()
+    assert "\n" not in str(end.value)
+
+
+def test_only_jpegs_of_a_folder_are_sent(tmp_path):
+    (tmp_path / "images").mkdir()
+    for name in ("b.JPG", "a.jpeg", "c.png"):
+        (tmp_path / "images" / name).write_bytes(name.encode())
+    assert run.photos(tmp_path) == [b"a.jpeg", b"b.JPG"]
+    with pytest.raises(FileNotFoundError, match="no JPEG photos in"):
+        run.photos(tmp_path / "labels")
+
+
+def test_contenders_are_prepared_once(model_store, tmp_path):
+    names, scenes, build = ["baseline", "eager", "openvino-fp32"], tmp_path / "scenes", tmp_path / "build"
+    scenes.mkdir()
+    for seed in range(5):
+        run.draw(seed, (64, 96)).save(scenes / f"{seed}.png")
+    contenders.prepare(names, model_store, build, scenes)
+    archives = {name: build / name / "fastunet.mar" for name in names}
+    assert {path.name for path in build.iterdir()} == {*names}
+    for name, file in (("baseline", "baseline.json"), ("eager", "fastunet.pth"), ("openvino-fp32", "fastunet.xml")):
+        assert file in zipfile.ZipFile(archives[name]).namelist()
+    assert read_config(build / "openvino-fp32").accuracy["mask_agreement"] > 0.9999
+    assert read_config(build / "eager") == read_config(model_store)
+
+    made = {name: path.stat().st_mtime_ns for name, path in archives.items()}
+    contenders.prepare(names, model_store, build, scenes)
+    assert made == {name: path.stat().st_mtime_ns for name, path in archives.items()}
+    os.utime(archives["eager"], (0, 0))
+    contenders.prepare(names, model_store, build, scenes)
+    assert [name for name, path in archives.items() if path.stat().st_mtime_ns != made[name]] == ["eager"]
+
+
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
     """A folder with a small model for OpenVINO and its configuration."""
     folder = tmp_path_factory.mktemp("converted")
-    config = {"arch": "squeezenet1_1", "n_classes": 3, "img_size": [32, 32], "options": {}, "mean": None, "std": None}
-    config |= {"resize": {"size": [32, 32]}, "codes": ["a", "b", "c"]}
+    config = Config("squeezenet1_1", 3, (32, 32), resize={"size": (32, 32)}, classes=["a", "b", "c"])
     torch.manual_seed(0)
     torch.save(DynamicUnetDIY("squeezenet1_1", 3, (32, 32)).state_dict(), folder / "fastunet.pth")
-    config = runtime.convert(config, folder / "fastunet.pth", folder)
-    (folder / "model-config.yaml").write_text(yaml.safe_dump({"handler": config}))
+    write_config(convert(config, folder), folder)
     return folder
 
 
@@ -211,9 +274,11 @@ def test_peers_answer_with_the_handlers_own_mask(converted):
     image = run.photos(None, 1)[0]
     handler = peers.load(str(converted))
     torch.set_num_threads(threads)  # the handler leaves them to OpenVINO
-    photo = peers.read(handler, image)
-    handler.inference([photo])
-    answered = json.loads(peers.answer(handler, photo))
+    jobs = [peers.read(handler, body) for body in (image, b"no photo", image)]
+    peers.infer(handler, jobs)
+    good, bad, other = map(handler.postprocess, jobs)
+    assert (good.status, bad.status) == (200, 400) and other == good
+    answered = json.loads(good.body)
     assert answered["shape"] == [32, 32]
     names = ["openvino-fp32"]
     masks = run.references(converted, names, [image])

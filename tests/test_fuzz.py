@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from deployment.serve import describe
+from deployment.serve import model_status
 
 PREDICT = "/predictions/fastunet"
 PHOTOS = [
@@ -100,7 +100,7 @@ bad_requests = st.one_of(raw, raw, raw, multipart)
 
 
 def workers(ports: dict[str, int]) -> set[int]:
-    return {worker["pid"] for worker in describe(ports["management_port"])["workers"]}
+    return {worker["pid"] for worker in model_status(ports["management_port"])["workers"]}
 
 
 def fuzz(server: str, ports: dict[str, int], predict, n: int, seed: int) -> Counter:

@@ -580,7 +580,10 @@ def test_a_guard_that_cannot_start_leaves_no_server_behind(monkeypatch):
 def test_tokens_go_where_the_user_may_write(model_store, tmp_path):
     """As in the image, where the working directory is not the user's."""
     (tmp_path / "read only").mkdir(mode=0o555)
-    script = "import os, sys; os.access = lambda *_: False; from deployment.serve import main; main()"
+    script = (
+        "import os; access = os.access; os.access = lambda path, mode: path != '.' and access(path, mode); "
+        "from deployment.serve import main; main()"
+    )
     command = [sys.executable, "-c", script, "--model-store", str(model_store), "--auth"]
     command += [f"--{name}-port={port}" for name, port in zip(("management", "metrics"), free_ports(2), strict=True)]
     env = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)} | ONE_WORKER

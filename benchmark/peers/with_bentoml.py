@@ -22,12 +22,14 @@ class Segment:
 
     @bentoml.api(route="/predict")
     def predict(
-        self, body: Annotated[bytes, ContentType("application/octet-stream")], /
+        self, body: Annotated[bytes, ContentType("application/octet-stream")], /, ctx: bentoml.Context
     ) -> Annotated[bytes, ContentType("application/json")]:
-        photo = peers.read(self.handler, body)
+        job = peers.read(self.handler, body)
         with self.model:
-            self.handler.inference([photo])
-        return peers.answer(self.handler, photo)
+            peers.infer(self.handler, [job])
+        answer = self.handler.postprocess(job)
+        ctx.response.status_code = answer.status
+        return answer.body
 
 
 if __name__ == "__main__":

@@ -16,18 +16,19 @@ class Segment(litserve.LitAPI):
     def decode_request(self, request: Annotated[bytes, Body(media_type="application/octet-stream")]):
         return peers.read(self.handler, request)
 
-    def batch(self, photos: list) -> list:
-        return photos
+    def batch(self, jobs: list) -> list:
+        return jobs
 
-    def predict(self, photos: list) -> list:
-        self.handler.inference(photos)
-        return photos
+    def predict(self, jobs: list) -> list:
+        peers.infer(self.handler, jobs)
+        return jobs
 
-    def unbatch(self, photos: list) -> list:
-        return photos
+    def unbatch(self, jobs: list) -> list:
+        return jobs
 
-    def encode_response(self, photo) -> Response:
-        return Response(peers.answer(self.handler, photo), media_type="application/json")
+    def encode_response(self, job) -> Response:
+        answer = self.handler.postprocess(job)
+        return Response(answer.body, answer.status, media_type=answer.content_type)
 
 
 if __name__ == "__main__":
