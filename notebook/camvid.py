@@ -126,13 +126,13 @@ def check_data(path: Path) -> None:
             )
         try:
             mask = Image.open(label)
-            stored, seen = np.array(mask), np.array(mask.convert("L"))  # fastai reads masks as 8-bit grey
+            stored, seen = np.array(mask), np.array(mask.convert("L"))  # fastai reads masks as 8-bit gray
             photo_size = Image.open(photo).convert("RGB").size
         except OSError as e:
             raise DataError(f"{photo.name} or labels/{label.name} cannot be read: {e}. Replace the file.") from e
         if not np.array_equal(stored, seen):
             raise DataError(
-                f"labels/{label.name} is a picture of mode {mask.mode}. A mask is an 8-bit grey PNG (mode L) whose "
+                f"labels/{label.name} is a picture of mode {mask.mode}. A mask is an 8-bit gray PNG (mode L) whose "
                 "pixels are class indices; save it as one."
             )
         if mask.size != photo_size:

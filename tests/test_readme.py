@@ -1,7 +1,7 @@
 """The README, done as it says: local commands in a copy of the repository, then the five steps with another learner.
 
-Blocks marked `bash` are run here, in order; blocks marked `shell` run long, or need a cloud project. Code that is shown is
-the repository's: `python tests/test_readme.py` writes it into the README anew.
+Blocks marked `bash` are run here, in order; blocks marked `shell` run long, or need a cloud project.
+Code that is shown is the repository's: `python tests/test_readme.py` writes it into the README anew.
 """
 
 import base64
