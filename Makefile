@@ -28,7 +28,7 @@ serve: .venv/installed ## serve the archive in model_store/ on 127.0.0.1: NAME= 
 	@exec $(PY) -m deployment.serve --port $(PORT) --management-port $(MANAGEMENT_PORT) --metrics-port $(METRICS_PORT) $(if $(NAME),--name $(NAME)) $(if $(AUTH),--auth)
 
 page: .venv-page/installed ## open a page in the browser that asks the running server: PORT= NAME=, or ENDPOINT= on AI Platform
-	@exec .venv-page/bin/python space/page.py http://127.0.0.1:$(PORT)/predictions/$(or $(NAME),fastunet) $(if $(ENDPOINT),--endpoint $(ENDPOINT))
+	@exec .venv-page/bin/python -m space.page http://127.0.0.1:$(PORT)/predictions/$(or $(NAME),fastunet) $(if $(ENDPOINT),--endpoint $(ENDPOINT))
 
 bench: .venv/installed ## measure against peers and the limit: CONTENDERS=baseline,eager,… CLIENTS=1,8 PHOTOS= CALIBRATE=
 	@$(PY) -m benchmark.run $(if $(CONTENDERS),--contenders $(CONTENDERS)) $(if $(CLIENTS),--clients $(CLIENTS)) $(if $(PHOTOS),--photos "$(PHOTOS)") $(if $(CALIBRATE),--calibrate "$(CALIBRATE)")

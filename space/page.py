@@ -5,7 +5,6 @@ It is a client of a server and no part of one: it lies outside `deployment/`, wh
 
 import argparse
 import base64
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -21,21 +20,16 @@ MAX_SIDE = 1024  # pixels of a photo as it is shown; it is sent as it is
 
 
 def ask_server(url: str, photo: bytes) -> dict:
-    """The server's answer to one photo."""
+    """The server's answer to one photo: what it says of it, or an error with its `message`."""
     try:
-        answer = httpx.post(url, files={"data": photo}, data={"size": "original"}, timeout=120, trust_env=False)
-        content = answer.json()
-    except httpx.TransportError:
-        raise gr.Error(f"No server answers at {url}. Start one with `make serve`, then try again.") from None
-    except ValueError:
-        raise gr.Error(f"{url} answered {answer.status_code} {answer.reason_phrase} and no JSON.") from None
-    if answer.is_error:
-        raise gr.Error(f"{answer.status_code}: {content.get('message', answer.reason_phrase)}")
-    return content
+        form = {"files": {"data": photo}, "data": {"size": "original"}}
+        return httpx.post(url, **form, timeout=120, trust_env=False).json()
+    except (httpx.TransportError, ValueError):
+        return {"message": f"No server answers at {url}. Start one with `make serve`, then try again."}
 
 
 def ask_endpoint(name: str, photo: bytes) -> dict:
-    """The answer of the endpoint `name` on AI Platform to one photo."""
+    """The answer of the endpoint `name` on AI Platform to one photo, or an error with its `message`."""
     from google.api_core.exceptions import GoogleAPIError
     from google.auth.exceptions import GoogleAuthError
 
@@ -44,56 +38,56 @@ def ask_endpoint(name: str, photo: bytes) -> dict:
     try:
         ai_platform.connect()
         (answer,) = ai_platform.predict([photo], name, size="original")
+        return answer.get("error", answer)
     except (GoogleAPIError, GoogleAuthError, ValueError) as error:
-        raise gr.Error(f"The endpoint {name} does not answer: {error}") from None
-    if "error" in answer:
-        raise gr.Error(answer["error"]["message"])
-    return answer
+        return {"message": f"The endpoint {name} does not answer: {error}"}
 
 
 def show(path: str | None, ask: Callable[[bytes], dict], palette: Callable) -> list:
     """What the page shows of the photo at `path`: a line of text, a picture, the classes on the photo, their bars."""
-    picture = overlay = bars = gr.update(visible=False)
+    text, picture, overlay, bars = "", *[gr.update(visible=False)] * 3
     if path is None:
-        return ["", picture, overlay, bars]
+        return [text, picture, overlay, bars]
     start = time.perf_counter()
     answer = ask(Path(path).read_bytes())
     text = f"answered in {1000 * (time.perf_counter() - start):.0f} ms"
+    if "message" in answer:
+        return [f"### {answer['message']}", picture, overlay, bars]
     photo = Image.open(path).convert("RGB")
     scale = min(1, MAX_SIDE / max(photo.size))
     photo = photo.resize([max(1, round(scale * side)) for side in photo.size])
     if "base64_prediction" in answer:
-        mask, names, colors = read_mask(answer, photo.size, palette)
-        picture = gr.update(value=Image.fromarray(colors[mask]), label="mask", visible=True)
-        areas = [((mask == i).astype(float), name) for i, name in names.items()]
-        color_map = {name: "#" + bytes(colors[i]).hex() for i, name in names.items()}
+        drawn, areas, color_map = draw_mask(answer, photo.size, palette)
+        picture = gr.update(value=drawn, label="mask", visible=True)
         overlay = gr.update(value=(photo, areas), color_map=color_map, visible=True)
         bars = gr.update(value=answer["classes"], label="shares of the photo", visible=True)
     elif "probabilities" in answer:
         text = f"### {answer.get('label') or ', '.join(answer['labels']) or 'none of the labels'}\n{text}"
         bars = gr.update(value=answer["probabilities"], label="probabilities", visible=True)
     elif "points" in answer:
-        draw, radius = ImageDraw.Draw(photo), max(3, max(photo.size) // 100)
         for x, y in answer["points"]:
-            draw.circle((scale * x, scale * y), radius, fill=(255, 0, 80), outline=(255, 255, 255))
+            ImageDraw.Draw(photo).circle((scale * x, scale * y), max(photo.size) // 100 + 2, "crimson", "white")
         picture = gr.update(value=photo, label="points", visible=True)
     else:
         text = f"### {', '.join(f'{value:g}' for value in answer['values'])}\n{text}"
     return [text, picture, overlay, bars]
 
 
-def read_mask(answer: dict, size: tuple[int, int], palette: Callable) -> tuple[np.ndarray, dict[int, str], np.ndarray]:
-    """The mask at `size` (width, height), the names of the classes that occur by their index, a color per index."""
-    shape = [int(side) for side in answer["shape"]]  # the cloud's API carries every number as a float
-    mask = np.frombuffer(base64.b64decode(answer["base64_prediction"]), np.uint8).reshape(shape)
-    found = np.unique(mask).tolist()
-    names = list(answer["classes"])  # in the order of the indices; fewer where two classes have one name
-    names = dict(zip(found, names if len(names) == len(found) else map("class {}".format, found), strict=True))
-    colors = palette([names.get(i, "") for i in range(max(found) + 1)])
-    return np.array(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)), names, colors
+def draw_mask(answer: dict, size: tuple[int, int], palette: Callable) -> tuple[Image.Image, list, dict[str, str]]:
+    """The mask as a picture of `size` (width, height), the area and name of each class that occurs, their colors."""
+    mask = np.frombuffer(base64.b64decode(answer["base64_prediction"]), np.uint8)
+    mask = mask.reshape([int(side) for side in answer["shape"]])  # the cloud's API carries every number as a float
+    found, names = np.unique(mask).tolist(), list(answer["classes"])  # names are in the order of the indices,
+    if len(names) < len(found):  # and fewer where two classes have one name
+        names = [f"class {i}" for i in found]
+    colors = palette([dict(zip(found, names, strict=True)).get(i, "") for i in range(max(found) + 1)])
+    mask = np.array(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
+    areas = [((mask == i).astype(float), name) for i, name in zip(found, names, strict=True)]
+    color_map = {name: "#" + bytes(colors[i]).hex() for i, name in zip(found, names, strict=True)}
+    return Image.fromarray(colors[mask]), areas, color_map
 
 
-def build(ask: Callable[[bytes], dict], palette: Callable, sample: Path | str, where: str) -> gr.Blocks:
+def build(ask: Callable[[bytes], dict], palette: Callable, sample: Path, where: str) -> gr.Blocks:
     """The page. `ask` gives the answer to a photo's bytes, `palette` colors for names; `where` says who answers."""
     with gr.Blocks(title="Try the model", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(f"## Drop a photo\nAnswers come from {where}.")
@@ -104,8 +98,9 @@ def build(ask: Callable[[bytes], dict], palette: Callable, sample: Path | str, w
         with gr.Row():
             overlay = gr.AnnotatedImage(label="overlay: point at a class", visible=False)
             bars = gr.Label(visible=False, num_top_classes=12, show_heading=False)
-        photo.change(lambda path: show(path, ask, palette), photo, [text, picture, overlay, bars])
-        gr.Examples([[str(sample)]], photo, label="an example")
+        shown = dict(fn=lambda path: show(path, ask, palette), inputs=photo, outputs=[text, picture, overlay, bars])
+        photo.input(**shown)
+        gr.Examples([[str(sample)]], **shown, run_on_click=True, cache_examples=False, label="an example")
     return page
 
 
@@ -114,12 +109,10 @@ def main() -> None:
     parser.add_argument("url", nargs="?", default="http://127.0.0.1:8080/predictions/fastunet", help="of the model")
     parser.add_argument("--endpoint", metavar="NAME", help="ask this endpoint on AI Platform instead of a server")
     args = parser.parse_args()
-    root = Path(__file__).resolve().parent.parent
-    sys.path.insert(0, str(root))
-    from deployment.answers import palette
+    from deployment.answers import palette  # in a Space it comes out of the archive
 
     ask = partial(ask_endpoint, args.endpoint) if args.endpoint else partial(ask_server, args.url)
-    build(ask, palette, root / SAMPLE, args.endpoint or args.url).launch(server_name="127.0.0.1", footer_links=[])
+    build(ask, palette, Path(SAMPLE), args.endpoint or args.url).launch(server_name="127.0.0.1", footer_links=[])
 
 
 if __name__ == "__main__":
