@@ -126,7 +126,7 @@ def with_todays_code(readme: str) -> str:
         head, file, name, shown = match.groups()
         cls = getattr(importlib.import_module(file.replace("/", ".")), name)
         methods = [getattr(cls, method) for method in re.findall(r"^def (\w+)", shown, re.M)]
-        return head + "\n".join(textwrap.dedent(inspect.getsource(method)) for method in methods) + "```"
+        return head + "\n\n".join(textwrap.dedent(inspect.getsource(method)) for method in methods) + "```"
 
     return re.sub(r"(```python\n# ([\w/]+)\.py, class (\w+)\n)(.*?)```", block, readme, flags=re.S)
 
