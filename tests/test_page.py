@@ -17,11 +17,13 @@ import pytest
 from conftest import draw_photo, encoded
 from PIL import Image
 
+from deployment import ai_platform
 from deployment.answers import palette
 from deployment.config import read_config
 from deployment.photos import Preprocessor
 from deployment.processes import free_ports, started
 from deployment.serve import torchserve, workers_and_threads
+from tests.vertex_stand_in import vertex_ai
 
 ROOT = Path(__file__).parents[1]
 PYTHON = ROOT / ".venv-page" / "bin" / "python"
@@ -190,6 +192,29 @@ def test_points_are_drawn_where_they_are(browser, contract_server):
     assert all(points.any() for points in near) and (near[0] | near[1]).all()
 
 
+def fastai_picture(store: Path, predict, photo: bytes) -> np.ndarray:
+    """The mask of `learn.predict` at the photo's size, in colors."""
+    config = read_config(store)
+    mask = Preprocessor(config).to_photo_size(predict(photo), Image.open(io.BytesIO(photo)).size)
+    return palette(config.classes)[mask]
+
+
+def test_an_endpoint_answers(browser, model_store, predict, photo):
+    image = "us-central1-docker.pkg.dev/local-project/fastunet/serve:1"
+    with vertex_ai({image: model_store}):
+        ai_platform.connect()
+        ai_platform.upload(image)
+        ai_platform.deploy()
+        with serving_page("-m", "space.page", "--endpoint", "fastunet") as url, opened(browser, url) as tab:
+            upload(tab, "photo.png", photo)
+            assert np.array_equal(picture(tab, "mask"), fastai_picture(model_store, predict, photo))
+            upload(tab, "cut.png", photo[:2000])
+            tab.get_by_text("the photo is damaged or cut short").wait_for()
+        with serving_page("-m", "space.page", "--endpoint", "nobody") as url, opened(browser, url) as tab:
+            upload(tab, "photo.png", photo)
+            tab.get_by_text("The endpoint nobody does not answer").wait_for()
+
+
 # The Space's packages come first, torch and torchvision from the environment of the tests; fastai must not be missed.
 SPACE = """
 import runpy, sys
@@ -208,9 +233,7 @@ def test_the_space_answers_by_itself(browser, model_store, predict, photo, tmp_p
     with serving_page("-c", SPACE, str(Path(np.__file__).parents[1]), folder=tmp_path) as url:
         with opened(browser, url) as tab:
             upload(tab, "photo.png", photo)
-            config = read_config(model_store)
-            mask = Preprocessor(config).to_photo_size(predict(photo), Image.open(io.BytesIO(photo)).size)
-            assert np.array_equal(picture(tab, "mask"), palette(config.classes)[mask])
+            assert np.array_equal(picture(tab, "mask"), fastai_picture(model_store, predict, photo))
             upload(tab, "cut.png", photo[:2000])
             tab.get_by_text("the photo is damaged or cut short").wait_for()
 
