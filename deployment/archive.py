@@ -24,6 +24,7 @@ MODULES = (
     "openvino_runtime.py",
     "photos.py",
     "protocol.py",
+    "reports.py",
     "runtime.py",
 )  # that handler.py imports
 MODEL_FILES = {"eager": ("fastunet.pth",), "openvino": ("fastunet.bin", "fastunet.xml")}  # by runtime
@@ -37,13 +38,15 @@ def archiver_command(folder: Path | str, name: str = "fastunet", version: str = 
     """The command that packs what the export wrote into `folder` as `folder`/`name`.mar.
 
     Raises:
-        ArchiveError: `folder` lacks a file that the archive needs.
+        ArchiveError: `folder` lacks a file that the archive needs, or its configuration is wrong.
     """
     folder = Path(folder)
     try:
         runtime = read_config(folder).runtime
     except (OSError, ValueError) as error:
         raise ArchiveError(f"{error}: run `python -m deployment.export LEARNER.pkl --out {folder}` first") from None
+    if runtime not in MODEL_FILES:
+        raise ArchiveError(f"{folder / 'model-config.yaml'}: no runtime {runtime!r}: there are {', '.join(MODEL_FILES)}")
     model_files = [folder / file for file in MODEL_FILES[runtime]]
     for path in model_files:
         if not path.is_file():
