@@ -45,6 +45,10 @@ def main() -> None:
     except (ExportError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
+    except Exception as e:  # whatever a learner of other versions does when it is looked at
+        reason = " ".join(f"{type(e).__name__}: {e}".split())
+        print(f"error: {args.learner} cannot be exported ({reason})", file=sys.stderr)
+        sys.exit(2)
     print(f"wrote {out / 'fastunet.pth'} and {out / 'model-config.yaml'}")
 
 
