@@ -1,13 +1,18 @@
 """What a CPU can show of serving on a GPU: padding, sizes, the fall-back, workers. `benchmark.gpu` is the rest."""
 
 import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 
 from deployment import gpu_runtime, processes, serve
-from deployment.export.half import round_as
+from deployment.export import ExportError
+from deployment.export.half import half_precision, round_as
+from deployment.handler import Handler
+from tests.conftest import SMALL, draw_photo, encoded
 
 CPU, SHAPE = torch.device("cpu"), (3, 16, 24)
 
@@ -102,6 +107,34 @@ def test_emulated_rounding_is_that_of_the_type():
     rounded = model(x)
     assert not torch.equal(rounded, exact) and torch.allclose(rounded, exact, rtol=0.05, atol=0.02)
     assert torch.equal(rounded, rounded.bfloat16().float())
+
+
+def test_half_precision_has_to_be_good_enough(small_store, camvid_folder, capsys):
+    config = half_precision(SMALL, small_store, "fp16", camvid_folder)
+    assert config.precision == "fp16" and config.accuracy["mask_agreement"] > 0.98
+    assert "no GPU here: fp16 is emulated" in capsys.readouterr().out
+    with pytest.raises(ExportError, match="fp16 loses .* points"):
+        half_precision(SMALL, small_store, "fp16", camvid_folder, max_drop=-1)
+    assert half_precision(SMALL, small_store, "auto", camvid_folder).accuracy is None  # decided where it is served
+
+
+def test_photos_are_decoded_in_threads(small_store, monkeypatch):
+    handler = Handler()
+    handler.load(small_store)
+    photos = [encoded(draw_photo(seed)) for seed in range(2)]
+    alone = [handler.preprocess({"body": photo}).photos[0] for photo in photos]
+    decode, both = handler.preprocessor.decode, threading.Barrier(2, timeout=10)
+
+    def meet(image):
+        both.wait()  # passes only when two photos are decoded at the same time
+        return decode(image)
+
+    monkeypatch.setattr(handler.preprocessor, "decode", meet)
+    handler.threads = ThreadPoolExecutor(2)
+    jobs = [handler.read({"body": photo}, "") for photo in photos]
+    handler.decode(jobs)
+    for job, expected in zip(jobs, alone, strict=True):
+        assert torch.equal(job.photos[0].x, expected.x) and job.photos[0].image is None
 
 
 @pytest.fixture
