@@ -10,6 +10,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PY := .venv/bin/python
 
 DATA ?= scenes
+SERVER ?= torchserve
 PORT ?= 8080
 MANAGEMENT_PORT ?= 8081
 METRICS_PORT ?= 8082
@@ -24,8 +25,8 @@ demo: .venv/installed ## train, transfer, archive, serve and call: DATA=scenes|c
 test: .venv/installed ## run the tests
 	@$(PY) -m pytest
 
-serve: .venv/installed ## serve the archive in model_store/ on 127.0.0.1: NAME= PORT= MANAGEMENT_PORT= METRICS_PORT= AUTH=1
-	@exec $(PY) -m deployment.serve --port $(PORT) --management-port $(MANAGEMENT_PORT) --metrics-port $(METRICS_PORT) $(if $(NAME),--name $(NAME)) $(if $(AUTH),--auth)
+serve: .venv/installed ## serve the archive in model_store/ on 127.0.0.1: SERVER=torchserve|uvicorn NAME= PORT= MANAGEMENT_PORT= METRICS_PORT= AUTH=1
+	@exec $(PY) -m deployment.serve --server $(SERVER) --port $(PORT) --management-port $(MANAGEMENT_PORT) --metrics-port $(METRICS_PORT) $(if $(NAME),--name $(NAME)) $(if $(AUTH),--auth)
 
 bench: .venv/installed ## measure against peers and the limit: CONTENDERS=baseline,eager,… CLIENTS=1,8 PHOTOS= CALIBRATE=
 	@$(PY) -m benchmark.run $(if $(CONTENDERS),--contenders $(CONTENDERS)) $(if $(CLIENTS),--clients $(CLIENTS)) $(if $(PHOTOS),--photos "$(PHOTOS)") $(if $(CALIBRATE),--calibrate "$(CALIBRATE)")

@@ -17,14 +17,17 @@ from pathlib import Path
 from .config import read_config
 
 HERE = Path(__file__).parent
+# That handler.py imports.
 MODULES = (
     "answers.py",
     "config.py",
     "gpu_runtime.py",
+    "openvino_runtime.py",
     "photos.py",
     "protocol.py",
+    "reports.py",
     "runtime.py",
-)  # that handler.py imports
+)
 MODEL_FILES = {"eager": ("fastunet.pth",), "openvino": ("fastunet.bin", "fastunet.xml")}  # by runtime
 
 
