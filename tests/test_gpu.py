@@ -1,6 +1,7 @@
 """What a CPU can show of serving on a GPU: padding, sizes, the fall-back, workers. `benchmark.gpu` is the rest."""
 
 import logging
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from deployment import gpu_runtime, processes, serve
+from deployment.archive import ArchiveError, make_archive, set_batch_size
 from deployment.export import ExportError
 from deployment.export.half import half_precision, round_as
 from deployment.handler import Handler
@@ -151,16 +153,21 @@ def test_one_worker_per_gpu(two_gpus, monkeypatch):
     assert serve.workers_and_threads()[0] == 3
 
 
-def test_torchserve_hands_a_gpu_larger_batches(two_gpus, model_store):
+def test_an_archive_for_a_gpu_has_larger_batches(two_gpus, small_store, tmp_path):
     """A real TorchServe that is told of two GPUs; its workers find none and serve on the CPU."""
+    for file in small_store.glob("*.*"):
+        shutil.copy(file, tmp_path)
+    set_batch_size(tmp_path, "cuda")
+    make_archive(tmp_path)
     port = serve.free_ports(1)[0]
-    with serve.torchserve(model_store, management_port=port):
+    with serve.torchserve(tmp_path, management_port=port):
         model = serve.model_status(port)
     assert (model["batchSize"], model["maxBatchDelay"], len(model["workers"])) == (32, 1, 2)
-
-
-def test_torchserve_hands_a_cpu_smaller_batches(server, ports):
-    assert serve.model_status(ports["management_port"])["batchSize"] == 4
+    set_batch_size(tmp_path, "cpu")
+    assert (tmp_path / "model-config.yaml").read_text() == (small_store / "model-config.yaml").read_text()
+    (tmp_path / "model-config.yaml").write_text("handler: {}\n")
+    with pytest.raises(ArchiveError, match="no line `batchSize"):
+        set_batch_size(tmp_path, "cuda")
 
 
 def test_gpus_are_counted_only_where_there_is_a_driver(monkeypatch):
