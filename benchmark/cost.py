@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
-# List prices in us-central1, in US dollars, without any discount, as copies of the lists had them on that day, the
-# newest of June 2026: compare them with the pages named below before you count on them.
+# List prices in us-central1, in US dollars, without any discount; as copies of the price lists had them on that day,
+# the newest of June 2026. Compare them with the pages named below before you count on them.
 PRICES_OF = "2026-11-24"
 HOURLY = {  # https://cloud.google.com/vertex-ai/pricing, custom-trained models, online and batch
     "n1-standard-2": 0.1095,
@@ -84,12 +84,11 @@ def main() -> None:
     gpus = read(HERE / "gpu_results.json")
     rows = ways(cpu_rate(read(HERE / "results.json")), gpu_rate(gpus, "T4"), gpu_rate(gpus, "L4"))
     print(table(rows))
-    start = BATCH_START / 60 * HOURLY["n1-standard-2"]
     print(
-        f"\nList prices of {PRICES_OF}, us-central1, for machines that are fully busy. An endpoint is paid for all day,"
+        f"\nList prices of {PRICES_OF}, us-central1, for machines that are fully busy; an endpoint costs all day, "
+        f"the others while they compute.\nA batch job also pays for some {BATCH_START} minutes until its first photo: "
+        f"${BATCH_START / 60 * HOURLY['n1-standard-2']:.3f}. Storage and traffic are left out."
     )
-    print("the others while they compute. Storage and traffic are left out.")
-    print(f"A batch job also pays for some {BATCH_START} minutes until its first photo: ${start:.3f}.")
 
 
 if __name__ == "__main__":
