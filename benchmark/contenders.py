@@ -31,13 +31,21 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 PEERS_PYTHON = HERE / ".venv" / "bin" / "python"
 FASTEST = "openvino-int8"
-OURS = {  # runtime and precision
+OURS = {  # on TorchServe: runtime and precision
     "eager": ("eager", "fp32"),
     "openvino-fp32": ("openvino", "fp32"),
+    "openvino-bf16": ("openvino", "bf16"),
     FASTEST: ("openvino", "int8"),
 }
-PEERS = ("fastai", "fastapi", "litserve", "bentoml", "ray")
-ALL = ("baseline", "fastai", *OURS, "fastapi", "litserve", "bentoml", "ray", "limit")
+UVICORN = {f"uvicorn-{precision}": f"openvino-{precision}" for precision in ("fp32", "bf16", "int8")}  # same stores
+CHOSEN = ("fastapi", "litserve", "bentoml", "ray")  # that may run as one process, or as one for each core
+PEERS = ("fastai", *CHOSEN)
+ALL = ("baseline", "fastai", *OURS, *UVICORN, *CHOSEN, "limit")
+
+
+def store_of(name: str) -> str:
+    """Which of OURS has the model that the contender `name` serves; the baseline and fastai have their own."""
+    return UVICORN.get(name, FASTEST if name in (*CHOSEN, "limit") else name)
 
 
 # --- models ---
@@ -70,10 +78,8 @@ def prepare(names: list[str], model_store: Path, folder: Path, calibrate: Path) 
         deployment.archive.ArchiveError: an archive cannot be made.
     """
     config, weights = read_store(model_store, names), model_store / "fastunet.pth"
-    needed = [name for name in OURS if name in names]
-    if FASTEST not in needed and {*PEERS, "limit"} & {*names}:
-        needed.append(FASTEST)
-    for name in needed:
+    served = {store_of(name) for name in names}
+    for name in [name for name in OURS if name in served]:
         store = folder / name
         if is_fresh(store, weights):
             continue
@@ -123,8 +129,10 @@ def archive_baseline(store: Path) -> None:
 
 
 @contextlib.contextmanager
-def contender(name: str, folder: Path) -> Iterator[str]:
+def contender(name: str, folder: Path, workers: int = 1) -> Iterator[str]:
     """Start the contender `name` with what `prepare` wrote into `folder`; yields the URL of its predictions.
+
+    `workers` is how many processes hold the model, for those in CHOSEN.
 
     Raises:
         RuntimeError: it ended or did not answer in time; the message holds its last lines.
@@ -135,11 +143,16 @@ def contender(name: str, folder: Path) -> Iterator[str]:
     elif name == "baseline":
         with baseline(folder / name) as url:
             yield url
+    elif name in UVICORN:
+        port, metrics = free_ports(2)
+        argv = [sys.executable, "-m", "deployment.app", "--model-store", str(folder / store_of(name))]
+        with server([*argv, f"--port={port}", f"--metrics-port={metrics}"], port):
+            yield f"http://127.0.0.1:{port}/predictions/fastunet"
     else:
         port = free_ports(1)[0]
-        model = folder if name == "fastai" else folder / FASTEST
+        model = folder if name == "fastai" else folder / store_of(name)
         argv = [str(PEERS_PYTHON), "-m", f"benchmark.peers.with_{name}", str(model), str(port)]
-        with server(argv, port):
+        with server(argv, port, workers=workers):
             yield f"http://127.0.0.1:{port}/predict"
 
 
@@ -165,16 +178,17 @@ def baseline(store: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def server(argv: list[str], port: int, timeout: float = 120) -> Iterator[None]:
+def server(argv: list[str], port: int, timeout: float = 120, workers: int = 1) -> Iterator[None]:
     """The command `argv` as a server on `port`; it and all its processes end with the block, or with this process."""
     env = os.environ | {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'notebook'}",
-        "OMP_NUM_THREADS": str(cores()),
+        "WORKERS": str(workers),
+        "OMP_NUM_THREADS": str(cores() // workers),
         "RAY_USAGE_STATS_ENABLED": "0",
         "BENTOML_DO_NOT_TRACK": "True",
     }
     if argv[0] != str(PEERS_PYTHON):
-        env.pop("OMP_NUM_THREADS")  # the baseline leaves this to torch
+        env.pop("OMP_NUM_THREADS")  # the baseline leaves this to torch, and app.py knows it
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch, "log")
         streams = {"stdout": (output := log.open("wb")), "stderr": subprocess.STDOUT}

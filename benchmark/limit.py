@@ -45,6 +45,7 @@ def measure(model: Path, img_size: tuple[int, int], seconds: float, n_in: int = 
             "p50_ms": round(quantiles[49], 2),
             "p95_ms": round(quantiles[94], 2),
             "p99_ms": round(quantiles[98], 2),
+            "refused": 0,
             "errors": 0,
             "wrong_masks": 0,
         }

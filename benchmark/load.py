@@ -27,6 +27,7 @@ def run(
 
     Measures for `seconds` after `warm_up`, or longer until every client has had `rounds` answers on average (a slow
     server with many clients), but at most ten times as long. Each photo begins at another place with each client.
+    A client that is told to come again (503) does so after as many seconds as `Retry-After` says.
     `check(i, body)` says whether `body` answers photo `i`; equal bodies are checked once.
     """
     done: list[tuple[float, float, int, int, bytes]] = []  # end, duration, photo, status, body
@@ -68,23 +69,24 @@ def client(url, photos, first, done, stop, barrier) -> None:
             connection.request("POST", address.path, photos[i % len(photos)], headers)
             response = connection.getresponse()
             status, body = response.status, response.read()
+            again = float(response.headers.get("Retry-After", 0)) if status == 503 else 0
         except (OSError, http.client.HTTPException) as error:
             connection.close()
-            status, body = 0, repr(error).encode()
-            time.sleep(0.05)
+            status, body, again = 0, repr(error).encode(), 0.05
         end = time.perf_counter()
         done.append((end, end - begin, i % len(photos), status, body))
         i += 1
+        stop.wait(again)
     connection.close()
 
 
 def summary(answers: list[tuple], seconds: float, check: Callable[[int, bytes], bool]) -> dict:
-    """Good answers per second, percentiles of their latency in ms, and how many were errors or wrong masks."""
+    """Good answers per second, percentiles of their latency in ms, and how many were refused, errors or wrong masks."""
     verdicts: dict[tuple[int, bytes], bool] = {}
-    good, errors, wrong = [], 0, 0
+    good, refused, errors, wrong = [], 0, 0, 0
     for _, duration, photo, status, body in answers:
         if status != 200:
-            errors += 1
+            refused, errors = refused + (status == 503), errors + (status != 503)
             continue
         if (photo, body) not in verdicts:
             verdicts[photo, body] = check(photo, body)
@@ -97,6 +99,7 @@ def summary(answers: list[tuple], seconds: float, check: Callable[[int, bytes], 
         "p50_ms": round(q[49], 2),
         "p95_ms": round(q[94], 2),
         "p99_ms": round(q[98], 2),
+        "refused": refused,
         "errors": errors,
         "wrong_masks": wrong,
     }

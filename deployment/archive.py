@@ -5,6 +5,7 @@ This is the one place that knows which files an archive needs.
 
 import argparse
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -15,8 +16,20 @@ from pathlib import Path
 from .config import read_config
 
 HERE = Path(__file__).parent
-MODULES = ("answers.py", "config.py", "photos.py", "protocol.py", "runtime.py")  # that handler.py imports
+# That handler.py imports.
+MODULES = (
+    "answers.py",
+    "config.py",
+    "gpu_runtime.py",
+    "openvino_runtime.py",
+    "photos.py",
+    "protocol.py",
+    "reports.py",
+    "runtime.py",
+)
 MODEL_FILES = {"eager": ("fastunet.pth",), "openvino": ("fastunet.bin", "fastunet.xml")}  # by runtime
+
+BATCH_SIZES = {"cpu": 4, "cuda": 32}  # requests together: on a GPU they go through the model as one
 
 
 class ArchiveError(Exception):
@@ -27,13 +40,15 @@ def archiver_command(folder: Path | str, name: str = "fastunet", version: str = 
     """The command that packs what the export wrote into `folder` as `folder`/`name`.mar.
 
     Raises:
-        ArchiveError: `folder` lacks a file that the archive needs.
+        ArchiveError: `folder` lacks a file that the archive needs, or its configuration is wrong.
     """
     folder = Path(folder)
     try:
         runtime = read_config(folder).runtime
     except (OSError, ValueError) as error:
         raise ArchiveError(f"{error}: run `python -m deployment.export LEARNER.pkl --out {folder}` first") from None
+    if runtime not in MODEL_FILES:
+        raise ArchiveError(f"{folder / 'model-config.yaml'}: no runtime {runtime!r}: there are {', '.join(MODEL_FILES)}")
     model_files = [folder / file for file in MODEL_FILES[runtime]]
     for path in model_files:
         if not path.is_file():
@@ -78,6 +93,26 @@ def make_archive(folder: Path | str, name: str = "fastunet", version: str = "1.0
     return target
 
 
+def set_batch_size(folder: Path | str, device: str) -> None:
+    """Write into `folder`/model-config.yaml how many requests a worker gets together, at most: what pays on `device`.
+
+    Raises:
+        ArchiveError: there is no such file, or it has no such setting.
+    """
+    path = Path(folder, "model-config.yaml")
+    try:
+        text, n = re.subn(
+            r"^batchSize: *\d+", f"batchSize: {BATCH_SIZES[device]}", path.read_text(), flags=re.MULTILINE
+        )
+    except OSError as error:
+        raise ArchiveError(f"{error}: run `python -m deployment.export LEARNER.pkl --out {folder}` first") from None
+    if not n:
+        raise ArchiveError(f"{path} has no line `batchSize: …`")
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
 def find_archive(model_store: Path | str, name: str | None = None) -> tuple[Path, str]:
     """The archive in `model_store` and the name to serve it by: `name`, else its own.
 
@@ -119,8 +154,11 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", default="model_store", help="what the export wrote (default: %(default)s)")
     parser.add_argument("--name", default="fastunet", help="name of the model, and so of its route: %(default)s")
     parser.add_argument("--version", default="1.0", help="default: %(default)s")
+    parser.add_argument("--device", choices=BATCH_SIZES, help="set batchSize for it (default: what the export wrote)")
     args = parser.parse_args()
     try:
+        if args.device:
+            set_batch_size(args.folder, args.device)
         archive = make_archive(args.folder, args.name, args.version)
     except ArchiveError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,13 +1,18 @@
-"""Shared fixtures: a small learner, its model store with a real archive, one TorchServe for the whole session."""
+"""Shared fixtures: a small learner, its model store with a real archive, a server of each kind for all tests."""
 
+import contextlib
 import functools
 import io
+import os
 import shutil
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -19,11 +24,13 @@ from deployment.export import export_learner, write_config
 from deployment.export.convert import convert
 from deployment.model import DynamicUnetDIY
 from deployment.photos import Preprocessor
-from deployment.processes import free_ports
+from deployment.processes import cores, free_ports, started
 from deployment.runtime import eager
-from deployment.serve import torchserve, workers_and_threads
+from deployment.serve import is_healthy, model_status, torchserve, workers_and_threads
 
 ROOT = Path(__file__).parents[1]
+torch.set_num_threads(1)  # networks as small as those of the tests are no faster with more, and slow where others compute
+
 CODES = ["Sky", "Building", "Pole", "Road", "Sidewalk", "Tree", "SignSymbol", "Fence", "Car", "Pedestrian"]
 
 
@@ -132,23 +139,58 @@ def next_version(exported, tmp_path_factory) -> Path:
     return store
 
 
+SERVERS = ("torchserve", "uvicorn")
+
+
+@pytest.fixture(scope="session", params=SERVERS)
+def kind(request) -> str:
+    """Which server `server` is. A test that uses it, also through other fixtures, runs once with each."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
-def ports() -> dict[str, int]:
-    """The ports of `server`: `port`, `management_port`, `metrics_port`."""
+def ports(kind) -> dict[str, int]:
+    """The ports of `server`: `port`, `management_port` (TorchServe's), `metrics_port`."""
     return dict(zip(("port", "management_port", "metrics_port"), free_ports(3), strict=True))
 
 
 @pytest.fixture(scope="session")
-def server_folder(tmp_path_factory) -> Path:
-    """The working directory of `server`, with its log, torchserve.log."""
+def server_folder(kind, tmp_path_factory) -> Path:
+    """The working directory of `server`, with its log, `kind`.log."""
     return tmp_path_factory.mktemp("server")
 
 
 @pytest.fixture(scope="session")
-def server(model_store, ports, server_folder) -> Iterator[str]:
-    """The URL of a TorchServe that serves `model_store`; every test of the session shares it."""
-    with torchserve(model_store, folder=server_folder, **ports) as url:
+def server(kind, model_store, ports, server_folder) -> Iterator[str]:
+    """The URL of a server of `kind` that serves `model_store`; every test of the session shares it."""
+    serve = torchserve if kind == "torchserve" else uvicorn
+    with serve(model_store, folder=server_folder, **ports) as url:
         yield url
+
+
+@pytest.fixture(scope="session")
+def computing(kind, ports, server):
+    """A function that returns the ids of the processes of `server` that compute: they change where one restarted."""
+
+    def pids() -> set[int]:
+        if kind == "torchserve":
+            return {worker["pid"] for worker in model_status(ports["management_port"])["workers"]}
+        return {c.pid for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr.port == ports["port"]}
+
+    return pids
+
+
+@contextlib.contextmanager
+def uvicorn(model_store: Path, folder: Path, **ports: int) -> Iterator[str]:
+    """`python -m deployment.app`; yields its URL once it answers."""
+    command = [sys.executable, "-m", "deployment.app", "--model-store", str(model_store)]
+    command += [f"--{name.replace('_', '-')}={port}" for name, port in ports.items()]
+    env, log = os.environ | {"PYTHONPATH": str(ROOT)}, folder / "uvicorn.log"
+    with log.open("wb") as output, started(command, env, cwd=folder, stdout=output, stderr=output) as process:
+        while not is_healthy(ports["port"]):
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{ports['port']}"
 
 
 @pytest.fixture(scope="session")
@@ -164,24 +206,26 @@ def client(server) -> Iterator[httpx.Client]:
         yield client
 
 
-@pytest.fixture(scope="session")
-def predict(learner):
-    """A function from a photo's bytes to the class mask (uint8, height × width) that `learn.predict` gives.
-
-    It computes with as many threads as a worker of `server`: their number decides how torch rounds.
-    """
+def learner_masks(learner, threads: int):
+    """A function from a photo's bytes to the mask (uint8, height × width) of `learn.predict` on so many threads."""
 
     @functools.cache
     def mask_of(data: bytes) -> np.ndarray:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(workers_and_threads()[1])
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
         try:
             with learner.no_bar(), learner.no_logging():
                 return learner.predict(data)[0].numpy().astype(np.uint8)
         finally:
-            torch.set_num_threads(threads)
+            torch.set_num_threads(before)
 
     return mask_of
+
+
+@pytest.fixture(scope="session")
+def predict(learner, kind):
+    """What `learn.predict` gives on as many threads as `server` computes a photo with: they decide how torch rounds."""
+    return learner_masks(learner, workers_and_threads()[1] if kind == "torchserve" else cores())
 
 
 # --- a small network with random weights, which needs no fastai ---

@@ -1,6 +1,7 @@
 """The benchmark's own parts: the load generator against a server that is known, the checks, the form of the results."""
 
 import base64
+import contextlib
 import json
 import os
 import subprocess
@@ -22,9 +23,9 @@ from deployment.config import Config, read_config
 from deployment.export import write_config
 from deployment.export.convert import convert
 from deployment.model import DynamicUnetDIY
-from deployment.processes import free_ports
+from deployment.processes import cores, free_ports
 
-KEYS = {"rps", "p50_ms", "p95_ms", "p99_ms", "errors", "wrong_masks"}
+KEYS = {"rps", "p50_ms", "p95_ms", "p99_ms", "refused", "errors", "wrong_masks"}
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def server():
             body = self.rfile.read(int(self.headers["Content-Length"]))
             Handler.connections.add(self.client_address)
             time.sleep(0.02)
-            self.send_response(503 if Handler.fail(body) else 200)
+            self.send_response(500 if Handler.fail(body) else 200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body[::-1] if Handler.garble(body) else body)
@@ -88,6 +89,43 @@ def test_errors_and_wrong_masks_are_counted(server):
     good = result["rps"] * 0.6
     assert result["errors"] == pytest.approx(good / 2, abs=5) and result["errors"] > 0
     assert result["wrong_masks"] == pytest.approx(good / 2, abs=5) and result["wrong_masks"] > 0
+
+
+def test_a_client_that_is_told_to_come_again_waits_as_long_as_it_is_told():
+    seen = []
+
+    class Busy(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            seen.append(time.monotonic())
+            self.send_response(503 if len(seen) == 1 else 200)
+            self.send_header("Retry-After", "1")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Busy)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    result = load.run(f"http://127.0.0.1:{httpd.server_port}/", PHOTOS, 1, 1.2, lambda *_: True, warm_up=0, rounds=1)
+    httpd.shutdown()
+    assert result["refused"] == 1 and result["errors"] == 0 and result["rps"] > 0
+    assert seen[1] - seen[0] >= 1
+
+
+@pytest.mark.parametrize("best", sorted({1, cores()}))
+def test_the_faster_number_of_workers_is_chosen(monkeypatch, best):
+    @contextlib.contextmanager
+    def contender(name, folder, workers):
+        yield workers
+
+    monkeypatch.setattr(contenders, "contender", contender)
+    monkeypatch.setattr(contenders, "first_answer", lambda *_: b"")
+    monkeypatch.setattr(load, "run", lambda workers, *_: {"rps": 2.0 if workers == best else 1.0})
+    assert run.choose_workers("ray", [b""], same) == best
 
 
 def test_a_server_that_is_gone_gives_errors_not_an_exception():
@@ -164,7 +202,7 @@ def test_results_have_the_promised_form(tmp_path, monkeypatch, server):
 
 def test_the_readme_has_the_figures_of_results_json():
     results = json.loads(run.RESULTS.read_text())
-    assert run.summary(results) in (contenders.ROOT / "README.md").read_text()
+    assert run.summary(results) in run.README.read_text()
     assert (run.RESULTS.with_suffix(".png")).is_file()
 
 

@@ -9,10 +9,11 @@ import torch
 import yaml
 from conftest import SMALL, agreement, convert_copy, photo_batch
 
-from deployment import runtime
+from deployment import openvino_runtime, runtime
 from deployment.config import read_config
 from deployment.export import ExportError, write_config
-from deployment.export.convert import MIN_AGREEMENT, calibration_photos, convert, last_layers, quantized
+from deployment.export.convert import MIN_AGREEMENT, calibration_photos, convert, convolutions, quantized
+from deployment.openvino_runtime import has_bf16
 from deployment.photos import Preprocessor
 from deployment.runtime import RuntimeUnavailable
 
@@ -25,7 +26,7 @@ def test_writes_two_files_and_says_so_in_the_configuration(converted, tmp_path):
         "model-config.yaml"
     }
     assert (config.runtime, config.precision) == ("openvino", "fp32")
-    assert config.accuracy["mask_agreement"] >= MIN_AGREEMENT
+    assert config.accuracy["mask_agreement"] >= MIN_AGREEMENT["fp32"]
     write_config(config, tmp_path)
     assert read_config(tmp_path) == config
     assert yaml.safe_load((tmp_path / "model-config.yaml").read_text())["handler"]["accuracy"] == config.accuracy
@@ -37,7 +38,7 @@ def test_takes_photos_of_any_size_where_nothing_resizes_them(small_store, small_
     predict = runtime.load(config, tmp_path)
     for height, width in ((64, 64), (75, 101), (96, 130)):
         x = photo_batch(2, height, width)
-        assert agreement(predict(x), small_masks(x)) >= MIN_AGREEMENT
+        assert agreement(predict(x), small_masks(x)) >= MIN_AGREEMENT["fp32"]
 
 
 def test_int8_reports_accuracy_and_agreement(small_masks, camvid_folder, int8):
@@ -65,18 +66,54 @@ def test_refuses_int8_that_loses_accuracy_and_keeps_what_was_there(
     assert (tmp_path / "fastunet.bin").read_text() == "the one before"
 
 
-def test_more_careful_int8_keeps_the_last_layers_in_float(camvid_folder, converted):
+def test_int8_keeps_the_first_convolution_in_float_and_then_the_last_ones(camvid_folder, converted):
     import openvino
 
     base = openvino.Core().read_model(converted[1] / "fastunet.xml")
     train, _ = calibration_photos(camvid_folder)
     samples = [Preprocessor(SMALL)(path.read_bytes())[None].numpy() for path in train]
     tries = quantized(base, samples, [], [], [], SMALL, 0.5)
-    plain, careful = ([op.get_friendly_name() for op in model.get_ops()] for model in (next(tries), next(tries)))
-    for name in last_layers(base):
-        assert any(op.startswith(name) and "fq_weights" in op for op in plain)
-        assert not any(op.startswith(name) and "fq_weights" in op for op in careful)
-    assert any("fq_weights" in op for op in careful)
+    for in_float in ({0}, {0, -3, -2, -1}):
+        names = [op.get_friendly_name() for op in next(tries).get_ops()]
+        int8 = [any(op.startswith(f"{name}/") and "fq_weights" in op for op in names) for name in convolutions(base)]
+        assert int8 == [i not in {n % len(int8) for n in in_float} for i in range(len(int8))]
+
+
+def test_int8_without_labels_must_agree(small_store, camvid_folder, int8, tmp_path, monkeypatch):
+    import openvino
+
+    unlabeled = tmp_path / "photos"
+    shutil.copytree(camvid_folder / "images", unlabeled)
+    made = openvino.Core().read_model(int8[1] / "fastunet.xml")
+    monkeypatch.setattr(CONVERT, "quantized", lambda *_: iter([made]))
+    (tmp_path / "store").mkdir()
+    monkeypatch.setitem(MIN_AGREEMENT, "int8", 1.0)
+    with pytest.raises(ExportError, match="% of the pixels are as PyTorch has them"):
+        convert_copy(small_store, tmp_path / "store", "int8", unlabeled)
+    assert [path.name for path in (tmp_path / "store").iterdir()] == ["fastunet.pth"]
+    monkeypatch.setitem(MIN_AGREEMENT, "int8", 0.1)
+    config, _ = convert_copy(small_store, tmp_path / "store", "int8", unlabeled)
+    assert "drop" not in config.accuracy
+
+
+def test_bf16_needs_no_calibration(small_store, small_masks, tmp_path, capsys, caplog):
+    config, folder = convert_copy(small_store, tmp_path, "bf16")
+    said = "no bf16" in capsys.readouterr().out
+    predict = runtime.load(config, folder)
+    assert said == ("no bf16" in caplog.text) == (not has_bf16())
+    assert agreement(predict(photo_batch(3)), small_masks(photo_batch(3))) >= MIN_AGREEMENT["bf16"]
+
+
+def test_without_bf16_the_model_is_measured_and_served_in_fp32(
+    small_store, small_masks, tmp_path, monkeypatch, capsys, caplog
+):
+    monkeypatch.setattr(openvino_runtime, "has_bf16", lambda: False)
+    monkeypatch.setattr(CONVERT, "has_bf16", lambda: False)
+    config, folder = convert_copy(small_store, tmp_path, "bf16")
+    assert "no bf16" in capsys.readouterr().out
+    predict = runtime.load(config, folder)
+    assert len([record for record in caplog.records if "no bf16" in record.getMessage()]) >= 1
+    assert agreement(predict(photo_batch(3)), small_masks(photo_batch(3))) >= MIN_AGREEMENT["fp32"]
 
 
 @pytest.mark.parametrize(

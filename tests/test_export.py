@@ -239,7 +239,7 @@ def lessons() -> dict[str, dict]:
     trackers = {"SaveModel": SaveModelCallback, "EarlyStopping": EarlyStoppingCallback, "Plateau": ReduceLROnPlateau}
     return {
         "augmented to a size": {"item": Resize(100), "batch": [*aug_transforms(size=(48, 64)), stats]},
-        "large, then augmented": {"item": Resize(460), "batch": [*aug_transforms(size=56, min_scale=0.75), stats]},
+        "large, then augmented": {"item": Resize(460), "batch": [*aug_transforms(size=56), stats]},
         "own size, augmented to a size": {"item": [], "batch": [*aug_transforms(size=(45, 60)), stats]},
         "Mish and self-attention": {"cut": 6, "act_cls": Mish, "self_attention": True},
         "combined loss": {"loss_func": CombinedLoss()},
@@ -266,7 +266,7 @@ def test_every_answer_is_learn_predicts(name, data, photos, tmp_path):
     handler = Handler()
     handler.load(export_learner(learner, tmp_path / "store"))
     seen = set()
-    for photo in photos[::6]:
+    for photo in photos[9::3]:
         mask = predicted_mask(learner, photo).numpy()
         seen |= set(np.unique(mask).tolist())
         with Image.open(photo) as image:
@@ -307,7 +307,7 @@ def test_configuration_holds_what_serving_needs(data, tmp_path):
         "activation": "softmax",
         "classes": CODES,
         "runtime": "eager",
-        "precision": "fp32",
+        "precision": "auto",
     }
     state = torch.load(tmp_path / "fastunet.pth", weights_only=True)
     assert state.keys() == learner.model.state_dict().keys()

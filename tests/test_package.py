@@ -17,7 +17,7 @@ from deployment.handler import Handler
 DEPLOYMENT = ROOT / "deployment"
 FILES = sorted(path.relative_to(DEPLOYMENT).as_posix() for path in DEPLOYMENT.rglob("*.py"))
 SERVERS = {"serve.py", "app.py"}
-LIMITS = {"handler.py": 200, "model.py": 330}  # lines
+LIMITS = {"handler.py": 200, "app.py": 200, "model.py": 330}  # lines
 
 
 def imports(file: str) -> set[str]:
@@ -35,7 +35,7 @@ def imports(file: str) -> set[str]:
 
 
 def test_the_imports_of_a_file_are_found():
-    assert {"torch.Tensor", "deployment.config.Config", "config.Config", "fcntl"} <= imports("runtime.py")
+    assert {"torch.Tensor", "deployment.config.Config", "config.Config", "importlib"} <= imports("runtime.py")
     assert {"deployment.protocol", "protocol", "ts.metrics.dimension.Dimension"} <= imports("handler.py")
     assert {"deployment.config.Config", "deployment.export.learner.unet", "fastai"} <= imports("export/describe.py")
 

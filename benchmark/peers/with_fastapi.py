@@ -1,7 +1,7 @@
-"""FastAPI on uvicorn: one process; photos are read in threads while another is in the model."""
+"""FastAPI on uvicorn: WORKERS processes; photos are read in threads while others are in the model."""
 
+import os
 import sys
-import threading
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
@@ -11,14 +11,13 @@ from benchmark import peers
 from deployment import protocol
 
 app = FastAPI()
-handler = peers.load(sys.argv[1])
-model = threading.Lock()
+if __name__ != "__main__":  # in a worker
+    handler = peers.load(os.environ["MODEL_DIR"])
 
 
 def segment(body: bytes) -> protocol.Response:
     job = peers.read(handler, body)
-    with model:
-        peers.infer(handler, [job])
+    peers.infer(handler, [job])
     return handler.postprocess(job)
 
 
@@ -28,4 +27,7 @@ async def predict(request: Request) -> Response:
     return Response(answer.body, answer.status, media_type=answer.content_type)
 
 
-uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[2]), log_level="warning")
+if __name__ == "__main__":
+    os.environ["MODEL_DIR"] = sys.argv[1]
+    app = "benchmark.peers.with_fastapi:app"
+    uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[2]), workers=peers.WORKERS, log_level="warning")

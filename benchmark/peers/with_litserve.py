@@ -1,4 +1,4 @@
-"""LitServe: one worker, batches by LitServe, photos read in the worker as its API provides."""
+"""LitServe: WORKERS processes, batches by LitServe, photos read in the worker as its API provides."""
 
 import sys
 from typing import Annotated
@@ -33,5 +33,5 @@ class Segment(litserve.LitAPI):
 
 if __name__ == "__main__":
     api = Segment(max_batch_size=peers.BATCH_SIZE, batch_timeout=peers.DELAY, api_path="/predict")
-    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=1, timeout=120)
+    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=peers.WORKERS, timeout=120)
     server.run(host="127.0.0.1", port=int(sys.argv[2]), generate_client_file=False, log_level="warning")

@@ -1,4 +1,4 @@
-"""Ray Serve: one replica, batches by Ray Serve."""
+"""Ray Serve: WORKERS replicas, batches by Ray Serve."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from benchmark import peers
 from deployment import protocol
 
 
-@serve.deployment(num_replicas=1, max_ongoing_requests=64)
+@serve.deployment(num_replicas=peers.WORKERS, max_ongoing_requests=64)
 class Segment:
     def __init__(self, model_dir: str) -> None:
         self.handler = peers.load(model_dir)
