@@ -1,4 +1,4 @@
-"""Masks to answers: the shares of the classes, a coloured PNG, an overlay on the photo. NumPy and Pillow alone."""
+"""Masks to answers: the shares of the classes, a colored PNG, an overlay on the photo. NumPy and Pillow alone."""
 
 import colorsys
 import io

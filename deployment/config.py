@@ -36,7 +36,7 @@ class Config:
 
     @property
     def n_in(self) -> int:
-        """Channels of a photo: 3 for RGB, 1 for grey."""
+        """Channels of a photo: 3 for RGB, 1 for gray."""
         return self.options.get("n_in", 3)
 
     @property

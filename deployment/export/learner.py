@@ -69,8 +69,7 @@ def why_not(error: Exception, found: Found) -> str:
         )
     if found.python and found.python != f"{sys.version_info.major}.{sys.version_info.minor}":
         return f"was pickled under Python {found.python} and cannot be loaded by {here}: use that Python ({reason})"
-    kind = f"it is something else, cut short, or from versions far from {here}"
-    return f"is no learner that can be loaded: {kind} ({reason})"
+    return f"is no learner that can be loaded: something else, cut short, or from versions far from {here} ({reason})"
 
 
 def require(thing, what: str) -> None:

@@ -97,6 +97,12 @@ def lenient_pickle(found: Found, own_code: bool) -> types.SimpleNamespace:
         except ImportError:
             return stand_in(name)
 
+    def attribute(thing, name: str):
+        try:
+            return getattr(thing, name)
+        except AttributeError:  # such as a function's __annotate__, which Python 3.14 has
+            return stand_in(f"{getattr(thing, '__qualname__', thing)}.{name}")
+
     def nothing(thing, state):
         return thing
 
@@ -114,6 +120,8 @@ def lenient_pickle(found: Found, own_code: bool) -> types.SimpleNamespace:
         def find_class(self, module: str, name: str):
             if module.partition(".")[0] == "cloudpickle" and name in cloudpickled:
                 return cloudpickled[name]
+            if module in ("builtins", "__builtin__") and name == "getattr":
+                return attribute
             if module.partition(".")[0] == "pathlib" and name in ("PosixPath", "WindowsPath"):
                 return Path  # Python 3.13 alone has them in pathlib._local, and neither system has the other's
             try:
