@@ -48,7 +48,7 @@ def archiver_command(folder: Path | str, name: str = "fastunet", version: str = 
     except (OSError, ValueError) as error:
         raise ArchiveError(f"{error}: run `python -m deployment.export LEARNER.pkl --out {folder}` first") from None
     if runtime not in MODEL_FILES:
-        raise ArchiveError(f"{folder / 'model-config.yaml'}: no runtime {runtime!r}: there are {', '.join(MODEL_FILES)}")
+        raise ArchiveError(f"{folder / 'model-config.yaml'}: no runtime {runtime!r}, only {', '.join(MODEL_FILES)}")
     model_files = [folder / file for file in MODEL_FILES[runtime]]
     for path in model_files:
         if not path.is_file():
