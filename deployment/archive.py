@@ -16,7 +16,7 @@ from .config import read_config
 
 HERE = Path(__file__).parent
 MODULES = ("answers.py", "config.py", "photos.py", "protocol.py", "runtime.py")  # that handler.py imports
-MODEL_FILES = {"eager": ("fastunet.pth",), "openvino": ("fastunet.bin", "fastunet.xml")}  # by runtime
+MODEL_FILES = {"openvino": ("fastunet.bin", "fastunet.xml")}  # by runtime; for the others see Config.model_file
 
 
 class ArchiveError(Exception):
@@ -31,13 +31,13 @@ def archiver_command(folder: Path | str, name: str = "fastunet", version: str = 
     """
     folder = Path(folder)
     try:
-        runtime = read_config(folder).runtime
+        config = read_config(folder)
     except (OSError, ValueError) as error:
         raise ArchiveError(f"{error}: run `python -m deployment.export LEARNER.pkl --out {folder}` first") from None
-    model_files = [folder / file for file in MODEL_FILES[runtime]]
+    model_files = [folder / file for file in MODEL_FILES.get(config.runtime, (config.model_file,))]
     for path in model_files:
         if not path.is_file():
-            raise ArchiveError(f"no {path}, which the runtime {runtime} needs: export the learner again")
+            raise ArchiveError(f"no {path}, which the runtime {config.runtime} needs: export the learner again")
     serialized, *extra = model_files
     return [
         "torch-model-archiver",

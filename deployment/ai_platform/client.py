@@ -162,8 +162,8 @@ def request_body(images: Sequence[Path | str | bytes], **parameters: str) -> dic
     return body | ({"parameters": parameters} if parameters else {})
 
 
-def predict(images: Sequence[Path | str | bytes], name: str = "fastunet", **parameters: str) -> list[dict]:
-    """One answer per image, in order, as the server gives it; `parameters` are the server's `format` and `size`.
+def predict(images: Sequence[Path | str | bytes], name: str = "fastunet", **parameters: str | int) -> list[dict]:
+    """One answer per image, in order, as the server gives it; `parameters` are the server's `format`, `size` and `top`.
 
     An image the server could not read has `{"error": …}` in its place.
 

@@ -5,6 +5,7 @@ import sys
 import warnings
 from pathlib import Path
 
+from ..config import read_config
 from ..runtime import PRECISIONS
 from . import ExportError, export_learner, load_learner
 
@@ -15,7 +16,7 @@ def main() -> None:
     """The command line; ends with status 2 and one line on stderr where the learner cannot be exported."""
     parser = argparse.ArgumentParser(
         prog="python -m deployment.export",
-        description="Export a fastai U-Net learner for serving, once its pure-PyTorch copy is proven equal.",
+        description="Export a fastai vision learner for serving, once its copy without fastai is proven equal.",
     )
     parser.add_argument("learner", help="the file that learn.export() wrote")
     parser.add_argument("--out", default="model_store", help="folder to write into (default: %(default)s)")
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument(
         "--max-drop", type=float, default=0.5, help="points of accuracy that int8 may lose: %(default)s"
     )
+    parser.add_argument("--onnx", action="store_true", help="write fastunet.onnx too, checked with onnxruntime")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)  # fastai's own, about torch.jit
     try:
@@ -46,7 +48,8 @@ def main() -> None:
     except (ExportError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
-    print(f"wrote {out / 'fastunet.pth'} and {out / 'model-config.yaml'}")
+    files = [read_config(out).model_file, *(["fastunet.onnx"] if args.onnx else []), "model-config.yaml"]
+    print("wrote " + ", ".join(str(out / file) for file in files))
 
 
 if __name__ == "__main__":

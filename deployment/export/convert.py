@@ -17,6 +17,7 @@ from ..runtime import Model, check_runtime, eager, import_optional, openvino_mod
 from .accuracy import compare_masks, read_label, report_text
 from .dataset import label_of, split_photos
 from .learner import ExportError
+from .program import capture_widest
 
 MIN_AGREEMENT = 0.9999  # share of pixels on which a float32 runtime must give the class that PyTorch gives
 CALIBRATION_PHOTOS = 300  # at most
@@ -97,7 +98,7 @@ def calibration_photos(folder: Path | str) -> tuple[list[Path], list[Path]]:
 
 
 def to_openvino(config: Config, folder: Path | str):
-    """The network of `config` as an OpenVINO model of one photo, whose sides are free where photos keep their size.
+    """The model of `config` as an OpenVINO model of one photo, whose sides are free where photos keep their size.
 
     A fixed shape is faster than a free one, and on a CPU a batch is no faster than its photos one by one.
     """
@@ -106,6 +107,10 @@ def to_openvino(config: Config, folder: Path | str):
     shape = [1, config.n_in, h, w]
     if config.keeps_photo_size:  # tracing keeps what it saw: with odd sides every step up resizes, as some photos need
         shape, h, w = [1, config.n_in, -1, -1], h | 1, w | 1
+    if not config.arch:
+        model = ov.convert_model(capture_widest(Model(config, folder, exact=False), config))
+        model.reshape([1, *model.inputs[0].partial_shape[1:]])
+        return model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # of just that
         warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)  # OpenVINO's way in
