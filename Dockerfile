@@ -4,6 +4,8 @@
 #   docker build -t fastunet --build-arg TORCH_BACKEND=cpu .     no GPU, and gigabytes smaller
 #   docker build -t fastunet --build-arg TORCH_BACKEND=cu126 .   CUDA 12: NVIDIA driver 525.60 or newer
 #
+#   docker build -t fastunet --build-arg SERVER=uvicorn .        without TorchServe and Java: deployment/app.py serves
+#
 # TORCH_BACKEND is any value of `uv pip install --torch-backend` for which PyTorch publishes the pinned version.
 # Behind a proxy or with a package index of your own, hand the build your settings as secrets, which stay out of the
 # image: `--secret id=pip,src=pip.conf --secret id=uv,src=uv.toml --secret id=ca,src=ca-certificates.crt`.
@@ -16,6 +18,7 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates python3-venv \
     && apt-get clean && rm -rf /var/lib/apt/lists/*
 ARG TORCH_BACKEND=
+ARG SERVER=torchserve
 ENV UV_SYSTEM_CERTS=true UV_COMPILE_BYTECODE=true UV_LINK_MODE=copy UV_CACHE_DIR=/var/cache/uv
 COPY deployment/requirements.txt constraints.txt ./
 # Of the CUDA packages each build of PyTorch pins its own versions. Triton goes again: it is a compiler of 1 GB that calls
@@ -28,13 +31,16 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     && /opt/uv/bin/pip install --no-cache-dir --disable-pip-version-check uv==0.13.9 \
     && /opt/uv/bin/uv venv --python /usr/bin/python3 /opt/venv \
     && grep -vE '^(cuda|nvidia|triton)' constraints.txt > pins.txt \
+    && if [ "$SERVER" != torchserve ]; then sed -i '/^torchserve/d' requirements.txt; fi \
     && /opt/uv/bin/uv pip install --python /opt/venv --requirements requirements.txt --constraints pins.txt \
        ${TORCH_BACKEND:+--torch-backend=${TORCH_BACKEND}} \
     && /opt/uv/bin/uv pip uninstall --python /opt/venv triton
 
 FROM ${BASE}
+ARG SERVER=torchserve
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends ca-certificates openjdk-17-jre-headless python3 \
+    && if [ "$SERVER" = torchserve ]; then java=openjdk-17-jre-headless; fi \
+    && apt-get install -y --no-install-recommends ca-certificates $java python3 \
     && apt-get clean && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 1000 --create-home serve
 COPY --from=build /opt/venv /opt/venv
@@ -46,7 +52,7 @@ USER serve
 # The name of the model, and so of its route; empty: the archive's.
 ARG NAME=
 # AIP_HTTP_PORT is AI Platform's name for the port of health checks and predictions; it overrides this default.
-ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 AIP_HTTP_PORT=8080 MODEL_NAME=${NAME}
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 AIP_HTTP_PORT=8080 MODEL_NAME=${NAME} SERVER=${SERVER}
 EXPOSE 8080
 # Whether a worker can answer, as /ping says too; the image has no curl.
 HEALTHCHECK --interval=15s --timeout=10s --start-period=3m CMD ["python", "-m", "deployment.serve", "--check"]

@@ -10,6 +10,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PY := .venv/bin/python
 
 DATA ?= scenes
+SERVER ?= torchserve
 PORT ?= 8080
 MANAGEMENT_PORT ?= 8081
 METRICS_PORT ?= 8082
@@ -24,8 +25,8 @@ demo: .venv/installed ## train, transfer, archive, serve and call: DATA=scenes|c
 test: .venv/installed ## run the tests
 	@$(PY) -m pytest
 
-serve: .venv/installed ## serve the archive in model_store/ on 127.0.0.1: NAME= PORT= MANAGEMENT_PORT= METRICS_PORT= AUTH=1
-	@exec $(PY) -m deployment.serve --port $(PORT) --management-port $(MANAGEMENT_PORT) --metrics-port $(METRICS_PORT) $(if $(NAME),--name $(NAME)) $(if $(AUTH),--auth)
+serve: .venv/installed ## serve the archive in model_store/ on 127.0.0.1: SERVER=torchserve|uvicorn NAME= PORT= MANAGEMENT_PORT= METRICS_PORT= AUTH=1
+	@exec $(PY) -m deployment.serve --server $(SERVER) --port $(PORT) --management-port $(MANAGEMENT_PORT) --metrics-port $(METRICS_PORT) $(if $(NAME),--name $(NAME)) $(if $(AUTH),--auth)
 
 bench: .venv/installed ## measure against peers and the limit: CONTENDERS=baseline,eager,… CLIENTS=1,8 PHOTOS= CALIBRATE=
 	@$(PY) -m benchmark.run $(if $(CONTENDERS),--contenders $(CONTENDERS)) $(if $(CLIENTS),--clients $(CLIENTS)) $(if $(PHOTOS),--photos "$(PHOTOS)") $(if $(CALIBRATE),--calibrate "$(CALIBRATE)")
@@ -50,13 +51,6 @@ lint: .venv/installed ## check the style
 clean: ## remove what the pipeline wrote; keep the environment
 	rm -rf model_store/* data logs .pytest_cache .ruff_cache .hypothesis
 
-# The first Python of a supported version makes the environment; uv, from PyPI, fills it.
+# TORCH_BACKEND, from the command line or the environment, chooses PyTorch's build; the default is auto.
 .venv/installed: requirements.txt constraints.txt
-	@for p in python3 python3.12 python3.11 python3.10 python; do \
-	  if $$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then found=$$p; break; fi; \
-	done; \
-	if [ -z "$$found" ]; then echo "error: Python 3.10, 3.11 or 3.12 is needed; none is on the PATH" >&2; exit 1; fi; \
-	echo "installing into .venv with $$($$found --version); the first time this takes a minute or more"; \
-	[ -x $(PY) ] || $$found -m venv .venv || { echo "error: $$found cannot make a virtual environment (Debian: apt install python3-venv)" >&2; exit 1; }; \
-	$(PY) -m pip install --quiet --disable-pip-version-check uv==0.13.9 && \
-	$(PY) -m uv pip install --quiet --python $(PY) -r requirements.txt && touch $@
+	@sh install.sh

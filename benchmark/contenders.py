@@ -5,6 +5,7 @@ baseline, and the learner.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -18,104 +19,120 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
-import yaml
 
-from deployment import runtime
-from deployment.serve import cores, free_ports, java, started, torchserve
+from deployment.archive import make_archive
+from deployment.config import Config, read_config
+from deployment.export import write_config
+from deployment.export.convert import convert
+from deployment.processes import cores, free_ports, started
+from deployment.serve import DIRECT, java, torchserve
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 PEERS_PYTHON = HERE / ".venv" / "bin" / "python"
 FASTEST = "openvino-int8"
-OURS = {  # runtime and precision
+OURS = {  # on TorchServe: runtime and precision
     "eager": ("eager", "fp32"),
-    "compile": ("compile", "fp32"),
     "openvino-fp32": ("openvino", "fp32"),
+    "openvino-bf16": ("openvino", "bf16"),
     FASTEST: ("openvino", "int8"),
 }
-PEERS = ("fastai", "fastapi", "litserve", "bentoml", "ray")
-ALL = ("baseline", "fastai", *OURS, "fastapi", "litserve", "bentoml", "ray", "limit")
+UVICORN = {f"uvicorn-{precision}": f"openvino-{precision}" for precision in ("fp32", "bf16", "int8")}  # same stores
+CHOSEN = ("fastapi", "litserve", "bentoml", "ray")  # that may run as one process, or as one for each core
+PEERS = ("fastai", *CHOSEN)
+ALL = ("baseline", "fastai", *OURS, *UVICORN, *CHOSEN, "limit")
+
+
+def store_of(name: str) -> str:
+    """Which of OURS has the model that the contender `name` serves; the baseline and fastai have their own."""
+    return UVICORN.get(name, FASTEST if name in (*CHOSEN, "limit") else name)
 
 
 # --- models ---
 
 
+def read_store(model_store: Path, names: list[str]) -> Config:
+    """The configuration of the model in `model_store`, which has all that the contenders `names` are made of.
+
+    Raises:
+        FileNotFoundError: it lacks the exported model or the learner.
+        RuntimeError: its configuration is of another version of this project.
+    """
+    for file in ("fastunet.pth", "model-config.yaml", *(["learner.pkl"] if "fastai" in names else [])):
+        if not (model_store / file).is_file():
+            raise FileNotFoundError(f"no {model_store / file}: run `make demo` first")
+    try:
+        return read_config(model_store)
+    except ValueError as error:
+        raise RuntimeError(f"{error}: run `make demo` again") from None
+
+
 def prepare(names: list[str], model_store: Path, folder: Path, calibrate: Path) -> None:
     """Write into `folder` what the contenders `names` serve, made of `model_store`: NAME/fastunet.mar and its parts.
 
-    What is there already is kept while it is newer than the weights.
+    What is there already is kept while it is newer than the weights and the code.
 
     Raises:
-        FileNotFoundError: `model_store` lacks the exported model or the learner.
-        deployment.runtime.ConversionError: int8 loses too much accuracy on the photos in `calibrate`.
+        FileNotFoundError, RuntimeError: as `read_store`, and when OpenVINO or NNCF is missing.
+        deployment.export.ExportError: int8 loses too much accuracy on the photos in `calibrate`.
+        deployment.archive.ArchiveError: an archive cannot be made.
     """
-    weights, settings = model_store / "fastunet.pth", model_store / "model-config.yaml"
-    for path in (weights, settings, *([model_store / "learner.pkl"] if "fastai" in names else [])):
-        if not path.is_file():
-            raise FileNotFoundError(f"no {path}: run `make demo` first")
-    config = yaml.safe_load(settings.read_text())
-    needed = [name for name in OURS if name in names]
-    if FASTEST not in needed and {*PEERS, "limit"} & {*names}:
-        needed.append(FASTEST)
-    for name in needed:
+    config, weights = read_store(model_store, names), model_store / "fastunet.pth"
+    served = {store_of(name) for name in names}
+    for name in [name for name in OURS if name in served]:
         store = folder / name
         if is_fresh(store, weights):
             continue
+        store.mkdir(parents=True, exist_ok=True)
+        shutil.copy(weights, store)
         kind, precision = OURS[name]
-        handler = config["handler"] | {"runtime": kind, "precision": precision}
+        served = dataclasses.replace(config, runtime=kind, precision=precision, accuracy=None)
         if kind == "openvino":
-            handler = runtime.convert(config["handler"], weights, store, precision, calibrate)
-        else:
-            store.mkdir(parents=True, exist_ok=True)
-            shutil.copy(weights, store)
-        (store / "model-config.yaml").write_text(yaml.safe_dump(config | {"handler": handler}, sort_keys=False))
-        archive(store, handler)
+            served = convert(served, store, precision, calibrate)
+        write_config(served, store)
+        make_archive(store)
     if "baseline" in names and not is_fresh(folder / "baseline", weights):
         store = folder / "baseline"
         store.mkdir(parents=True, exist_ok=True)
         shutil.copy(weights, store)
-        (store / "baseline.json").write_text(json.dumps(config["handler"]))
-        command = ["--handler", HERE / "baseline_handler.py", "--extra-files", store / "baseline.json"]
-        archiver(store, [*command, "--serialized-file", store / "fastunet.pth"])
+        (store / "baseline.json").write_text(json.dumps(dataclasses.asdict(config)))
+        archive_baseline(store)
     if "fastai" in names:
         shutil.copy(model_store / "learner.pkl", folder)
 
 
 def is_fresh(store: Path, weights: Path) -> bool:
-    made = store / "fastunet.mar"
-    return made.is_file() and made.stat().st_mtime > weights.stat().st_mtime
+    """Whether the archive in `store` is newer than the weights and than all code that it was made by and of."""
+    archive = store / "fastunet.mar"
+    sources = [weights, HERE / "baseline_handler.py", *(ROOT / "deployment").rglob("*.py")]
+    return archive.is_file() and archive.stat().st_mtime > max(path.stat().st_mtime for path in sources)
 
 
-def archive(store: Path, handler: dict) -> None:
-    """The archive of one of our runtimes, as the README makes it by hand."""
-    extra = []
-    if handler["runtime"] != "eager":
-        extra.append(ROOT / "deployment" / "runtime.py")
-    if handler["runtime"] == "openvino":
-        extra.append(store / "fastunet.xml")
-    serialized = store / ("fastunet.bin" if handler["runtime"] == "openvino" else "fastunet.pth")
-    command = ["--handler", ROOT / "deployment" / "handler.py", "--serialized-file", serialized]
-    command += ["--config-file", store / "model-config.yaml"]
-    archiver(store, [*command, *(["--extra-files", ",".join(map(str, extra))] if extra else [])])
-
-
-def archiver(store: Path, options: list) -> None:
+def archive_baseline(store: Path) -> None:
+    """Make `store`/fastunet.mar with the baseline's handler, of the weights and the settings in `store`."""
+    options = {
+        "model-name": "fastunet",
+        "version": "1.0",
+        "handler": HERE / "baseline_handler.py",
+        "model-file": ROOT / "deployment" / "model.py",
+        "serialized-file": store / "fastunet.pth",
+        "extra-files": store / "baseline.json",
+        "export-path": store,
+    }
+    command = [sys.executable, "-m", "model_archiver.model_packaging", "--force"]
+    command += [f"--{name}={value}" for name, value in options.items()]
     with tempfile.TemporaryDirectory() as scratch:  # it works in $TMPDIR/fastunet, which two at once would share
-        subprocess.run(
-            [sys.executable, "-m", "model_archiver.model_packaging", "--model-name", "fastunet", "--version", "1.0"]
-            + ["--model-file", ROOT / "deployment" / "model.py", "--export-path", store, "--force", *options],
-            check=True,
-            env=os.environ | {"TMPDIR": scratch},
-            capture_output=True,
-        )
+        subprocess.run(command, check=True, env=os.environ | {"TMPDIR": scratch}, capture_output=True)
 
 
 # --- servers ---
 
 
 @contextlib.contextmanager
-def contender(name: str, folder: Path) -> Iterator[str]:
+def contender(name: str, folder: Path, workers: int = 1) -> Iterator[str]:
     """Start the contender `name` with what `prepare` wrote into `folder`; yields the URL of its predictions.
+
+    `workers` is how many processes hold the model, for those in CHOSEN.
 
     Raises:
         RuntimeError: it ended or did not answer in time; the message holds its last lines.
@@ -126,11 +143,16 @@ def contender(name: str, folder: Path) -> Iterator[str]:
     elif name == "baseline":
         with baseline(folder / name) as url:
             yield url
+    elif name in UVICORN:
+        port, metrics = free_ports(2)
+        argv = [sys.executable, "-m", "deployment.app", "--model-store", str(folder / store_of(name))]
+        with server([*argv, f"--port={port}", f"--metrics-port={metrics}"], port):
+            yield f"http://127.0.0.1:{port}/predictions/fastunet"
     else:
         port = free_ports(1)[0]
-        model = folder if name == "fastai" else folder / FASTEST
+        model = folder if name == "fastai" else folder / store_of(name)
         argv = [str(PEERS_PYTHON), "-m", f"benchmark.peers.with_{name}", str(model), str(port)]
-        with server(argv, port):
+        with server(argv, port, workers=workers):
             yield f"http://127.0.0.1:{port}/predict"
 
 
@@ -156,16 +178,17 @@ def baseline(store: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def server(argv: list[str], port: int, timeout: float = 120) -> Iterator[None]:
+def server(argv: list[str], port: int, timeout: float = 120, workers: int = 1) -> Iterator[None]:
     """The command `argv` as a server on `port`; it and all its processes end with the block, or with this process."""
     env = os.environ | {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'notebook'}",
-        "OMP_NUM_THREADS": str(cores()),
+        "WORKERS": str(workers),
+        "OMP_NUM_THREADS": str(cores() // workers),
         "RAY_USAGE_STATS_ENABLED": "0",
         "BENTOML_DO_NOT_TRACK": "True",
     }
     if argv[0] != str(PEERS_PYTHON):
-        env.pop("OMP_NUM_THREADS")  # the baseline leaves this to torch
+        env.pop("OMP_NUM_THREADS")  # the baseline leaves this to torch, and app.py knows it
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch, "log")
         streams = {"stdout": (output := log.open("wb")), "stderr": subprocess.STDOUT}
@@ -213,7 +236,7 @@ def first_answer(url: str, photo: bytes, timeout: float = 300) -> bytes:
     deadline = time.monotonic() + timeout
     while True:
         try:
-            with urllib.request.urlopen(request, timeout=timeout) as answer:
+            with DIRECT.open(request, timeout=timeout) as answer:
                 return answer.read()
         except OSError as error:
             if time.monotonic() > deadline:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import openvino as ov
-import yaml
 
-from deployment.serve import cores
+from deployment.config import read_config
+from deployment.processes import cores
 
 
 def measure(model: Path, img_size: tuple[int, int], seconds: float, n_in: int = 3) -> dict:
@@ -45,6 +45,7 @@ def measure(model: Path, img_size: tuple[int, int], seconds: float, n_in: int = 
             "p50_ms": round(quantiles[49], 2),
             "p95_ms": round(quantiles[94], 2),
             "p99_ms": round(quantiles[98], 2),
+            "refused": 0,
             "errors": 0,
             "wrong_masks": 0,
         }
@@ -54,10 +55,9 @@ def measure(model: Path, img_size: tuple[int, int], seconds: float, n_in: int = 
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    handler = yaml.safe_load((folder / "model-config.yaml").read_text())["handler"]
+    config = read_config(folder)
     seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 3.0
-    n_in = handler["options"].get("n_in", 3)
-    print(json.dumps(measure(folder / "fastunet.xml", handler["img_size"], seconds, n_in)))
+    print(json.dumps(measure(folder / "fastunet.xml", config.img_size, seconds, config.n_in)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Closed-loop load: each client sends its next request when it has the answer to the one before.
 
 One thread and one kept-alive connection per client, from Python's own library: at the rates that a U-Net allows this
-costs the machine about half a percent of a core per hundred requests (`python -m benchmark.load` measures it).
+takes about half a percent of a core per hundred requests (`python -m benchmark.load` measures it).
 """
 
 import http.client
@@ -27,6 +27,7 @@ def run(
 
     Measures for `seconds` after `warm_up`, or longer until every client has had `rounds` answers on average (a slow
     server with many clients), but at most ten times as long. Each photo begins at another place with each client.
+    A client that is told to come again (503) does so after as many seconds as `Retry-After` says.
     `check(i, body)` says whether `body` answers photo `i`; equal bodies are checked once.
     """
     done: list[tuple[float, float, int, int, bytes]] = []  # end, duration, photo, status, body
@@ -68,23 +69,24 @@ def client(url, photos, first, done, stop, barrier) -> None:
             connection.request("POST", address.path, photos[i % len(photos)], headers)
             response = connection.getresponse()
             status, body = response.status, response.read()
+            again = float(response.headers.get("Retry-After", 0)) if status == 503 else 0
         except (OSError, http.client.HTTPException) as error:
             connection.close()
-            status, body = 0, repr(error).encode()
-            time.sleep(0.05)
+            status, body, again = 0, repr(error).encode(), 0.05
         end = time.perf_counter()
         done.append((end, end - begin, i % len(photos), status, body))
         i += 1
+        stop.wait(again)
     connection.close()
 
 
 def summary(answers: list[tuple], seconds: float, check: Callable[[int, bytes], bool]) -> dict:
-    """Good answers per second, percentiles of their latency in ms, and how many were errors or wrong masks."""
+    """Good answers per second, percentiles of their latency in ms, and how many were refused, errors or wrong masks."""
     verdicts: dict[tuple[int, bytes], bool] = {}
-    good, errors, wrong = [], 0, 0
+    good, refused, errors, wrong = [], 0, 0, 0
     for _, duration, photo, status, body in answers:
         if status != 200:
-            errors += 1
+            refused, errors = refused + (status == 503), errors + (status != 503)
             continue
         if (photo, body) not in verdicts:
             verdicts[photo, body] = check(photo, body)
@@ -97,6 +99,7 @@ def summary(answers: list[tuple], seconds: float, check: Callable[[int, bytes], 
         "p50_ms": round(q[49], 2),
         "p95_ms": round(q[94], 2),
         "p99_ms": round(q[98], 2),
+        "refused": refused,
         "errors": errors,
         "wrong_masks": wrong,
     }
@@ -124,8 +127,8 @@ def main() -> None:
     for clients in (1, 8, 32):
         cpu = time.process_time()
         result = run(url, [bytes(40000)] * 8, clients, 3, lambda i, body: body == Echo.body)
-        cost = (time.process_time() - cpu) / (4 * result["rps"])
-        print(f"{clients} clients: {result['rps']:.0f} answers/s, {1e3 * cost:.2f} ms of CPU each, server included")
+        used = (time.process_time() - cpu) / (4 * result["rps"])
+        print(f"{clients} clients: {result['rps']:.0f} answers/s, {1e3 * used:.2f} ms of CPU each, server included")
     server.shutdown()
 
 

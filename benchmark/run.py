@@ -1,7 +1,8 @@
 """Serve the same weights and photos with every contender in turn and measure: `python -m benchmark.run`.
 
 Writes `benchmark/results.json` (`{contender: {clients: {rps, p50_ms, p95_ms, p99_ms, errors, wrong_masks, …}}}`), which
-keeps the figures of contenders that are not measured this time, and `benchmark/results.png`; prints one table.
+keeps the figures of contenders that are not measured this time, `benchmark/results.png`, and the table in
+`benchmark/README.md`; prints all figures.
 """
 
 import argparse
@@ -22,27 +23,37 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
-import yaml
 from tqdm import tqdm
 
 from benchmark import contenders, load
-from benchmark.contenders import ALL, FASTEST, HERE, PEERS, ROOT
-from deployment import handler, runtime
-from deployment.serve import cores
+from benchmark.contenders import ALL, CHOSEN, FASTEST, HERE, PEERS, ROOT, store_of
+from deployment import runtime
+from deployment.archive import ArchiveError
+from deployment.config import read_config
+from deployment.export import ExportError
+from deployment.export.convert import MIN_AGREEMENT
+from deployment.export.dataset import list_photos
+from deployment.openvino_runtime import load_openvino
+from deployment.photos import Preprocessor
+from deployment.processes import cores
 
 RESULTS = HERE / "results.json"
 BUILD = HERE / "build"  # model stores of the contenders, kept between runs
-SAME = {"baseline": 1.0, "eager": 1.0, "fastai": 1.0}  # share of pixels that must agree; others: runtime.SAME
+README = HERE / "README.md"
+MARKS = "<!-- written by benchmark.run -->\n", "<!-- end -->\n"  # around the table in README.md
+OVERLOAD = 150  # clients, more than either of our servers lets in at one time
+OVERLOADED = (FASTEST, "uvicorn-int8")
+EXACT = ("baseline", "eager", "fastai")  # must agree in every pixel; the others in MIN_AGREEMENT of them
 
 
 def photos(folder: Path | None, count: int = 16) -> list[bytes]:
-    """The JPEG photos in `folder`, or street scenes drawn for the purpose, 480 × 360.
+    """The JPEG photos in `folder` (or its `images/`), or street scenes drawn for the purpose, 480 × 360.
 
     Raises:
         FileNotFoundError: `folder` holds none.
     """
     if folder:
-        found = [path.read_bytes() for path in sorted(folder.glob("*.jp*g"))]
+        found = [path.read_bytes() for path in list_photos(folder) if path.suffix.lower() in (".jpg", ".jpeg")]
         if not found:
             raise FileNotFoundError(f"no JPEG photos in {folder}")
         return found[:count]
@@ -74,19 +85,16 @@ def calibration(folder: Path, img_size: tuple[int, int]) -> Path:
 
 
 def references(model_store: Path, names: list[str], images: list[bytes]) -> dict[str, list[np.ndarray]]:
-    """The right mask of each photo: of fastai (here the copy that export proved equal), and of int8 in process."""
-    config = yaml.safe_load((model_store / "model-config.yaml").read_text())["handler"]
-    tensors = []
-    for image in images:
-        photo = handler.open_image(image, runtime.n_in(config))
-        photo = handler.resize(photo, **config["resize"]) if config["resize"] else photo
-        tensors.append(handler.to_tensor(photo, config["mean"], config["std"], config.get("affine"))[None])
-    network = runtime.Segmenter(config, model_store / "fastunet.pth")
-    with torch.inference_mode():
-        masks = {"fastai": [network(x)[0].numpy() for x in tensors]}
-    if {FASTEST, *PEERS} & {*names} - {"fastai"}:
-        predict = runtime.openvino_model(BUILD / FASTEST / "fastunet.xml")
-        masks[FASTEST] = [predict(x)[0].numpy() for x in tensors]
+    """The right mask of each photo: "fastai" (here of the copy that export proved equal) and, by the store's name,
+    in process in bf16 and int8 where one of `names` serves them.
+    """
+    config = read_config(model_store)
+    tensors = [x[None] for x in map(Preprocessor(config), images)]
+    predict = runtime.eager(config, model_store, torch.device("cpu"))
+    masks = {"fastai": [predict(x)[0].numpy() for x in tensors]}
+    for store in {"openvino-bf16", FASTEST} & {store_of(name) for name in names}:
+        predict = load_openvino(BUILD / store / "fastunet.xml", cores(), contenders.OURS[store][1])
+        masks[store] = [predict(x)[0].numpy() for x in tensors]
     return masks
 
 
@@ -94,9 +102,8 @@ class Check:
     """Whether an answer holds the mask that it should, and how far the masks agree with fastai's."""
 
     def __init__(self, name: str, masks: dict[str, list[np.ndarray]]):
-        int8 = name == FASTEST or name in PEERS and name != "fastai"
-        self.expected, self.fastai = masks[FASTEST if int8 else "fastai"], masks["fastai"]
-        self.at_least = SAME.get(name, runtime.SAME)
+        self.expected, self.fastai = masks.get(store_of(name), masks["fastai"]), masks["fastai"]
+        self.at_least = 1.0 if name in EXACT else MIN_AGREEMENT["fp32"]
         self.agreement: dict[int, float] = {}
 
     def __call__(self, photo: int, body: bytes) -> bool:
@@ -120,11 +127,23 @@ def processes() -> dict[int, tuple[float, int]]:
     return seen
 
 
-def measure(name: str, clients: list[int], images: list[bytes], check: Check, seconds: float) -> dict[str, dict]:
+def choose_workers(name: str, images: list[bytes], check: Check) -> int:
+    """With how many processes the contender `name` answers eight clients faster: one, or one for each core."""
+    rates = {}
+    for workers in {1, cores()}:
+        with contenders.contender(name, BUILD, workers) as url:
+            contenders.first_answer(url, images[0])
+            rates[workers] = load.run(url, images, 8, 2, check)["rps"]
+    return max(rates, key=rates.get)
+
+
+def measure(
+    name: str, clients: list[int], images: list[bytes], check: Check, seconds: float, workers: int = 1
+) -> dict[str, dict]:
     """One start of one contender: what every number of clients got."""
     rows = {}
     begin = time.perf_counter()
-    with contenders.contender(name, BUILD) as url:
+    with contenders.contender(name, BUILD, workers) as url:
         body = contenders.first_answer(url, images[0])
         start_up = time.perf_counter() - begin
         if not check(0, body):
@@ -137,18 +156,28 @@ def measure(name: str, clients: list[int], images: list[bytes], check: Check, se
             row["cpu_cores"] = round(used / elapsed, 3)
             row["memory_mb"] = round(sum(rss for _, rss in after.values()) / 2**20)
             row["start_up_s"] = round(start_up, 2)
+            row["workers"] = workers
             row["agreement"] = round(statistics.mean(check.agreement.values()), 6)
             rows[str(n)] = row
     return rows
 
 
 def median(rows: list[dict]) -> dict:
-    """The median of each figure; errors and wrong masks are added up."""
+    """The median of each figure; what was refused, errors and wrong masks are added up."""
     both = {key: [row[key] for row in rows] for key in rows[0]}
     return {
-        key: sum(values) if key in ("errors", "wrong_masks") else round(statistics.median(values), 4)
+        key: sum(values) if key in ("refused", "errors", "wrong_masks") else round(statistics.median(values), 4)
         for key, values in both.items()
     } | {"runs": len(rows), "rps_spread": round(max(both["rps"]) - min(both["rps"]), 3)}
+
+
+def write_table(results: dict) -> None:
+    """Put `summary` in its place in README.md."""
+    text = README.read_text()
+    before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
+    part = README.with_suffix(".part")
+    part.write_text("".join([before, MARKS[0], summary(results), "\n", MARKS[1], after]))
+    os.replace(part, README)
 
 
 def save(results: dict) -> None:
@@ -183,13 +212,16 @@ def table(results: dict) -> str:
 
 
 def summary(results: dict) -> str:
-    """The README's table: a line for each contender, with requests/s by the number of clients."""
-    counts = sorted({int(n) for name in results if name != "limit" for n in results[name]})
+    """The README's table: a line for each contender, with requests/s by the number of clients.
+
+    The last column is the goodput under overload as a share of the peak.
+    """
+    counts = sorted({int(n) for name in results if name != "limit" for n in results[name]} - {OVERLOAD})
     most = str(8 if 8 in counts else counts[-1])
     base, limit = (results.get(name, {}).get(most, {}).get("rps") for name in ("baseline", "limit"))
     heads = [f"{n} client{'s' * (n > 1)}" for n in counts]
     heads += [f"× baseline, {most} clients", f"of the limit, {most} clients", f"p50 ms, {counts[0]} client"]
-    heads += ["start-up s", "memory MB"]
+    heads += ["start-up s", "memory MB", f"goodput, {OVERLOAD} clients"]
     lines = ["| requests/s | " + " | ".join(heads) + " |", "|---|" + "--:|" * len(heads)]
     for name in sorted(results, key=ALL.index):
         rows = results[name]
@@ -200,6 +232,8 @@ def summary(results: dict) -> str:
         cells.append(f"{first['p50_ms']:.1f}" if first else "")
         for key, form in (("start_up_s", ".1f"), ("memory_mb", ".0f")):
             cells.append(format(rows[most][key], form) if key in rows.get(most, {}) else "")
+        peak = max((row["rps"] for n, row in rows.items() if n != str(OVERLOAD)), default=0)
+        cells.append(f"{rows[str(OVERLOAD)]['rps'] / peak:.0%}" if str(OVERLOAD) in rows and peak else "")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -214,9 +248,9 @@ def plot(results: dict, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
     served = [name for name in sorted(results, key=ALL.index) if name != "limit"]
     for i, name in enumerate(served):
-        rows = sorted((int(n), row) for n, row in results[name].items())
-        ours = name in contenders.OURS
-        style = dict(marker="o", color=f"C{i % 10}", linestyle="-" if ours else "--", linewidth=2.5 if ours else 1.2)
+        rows = sorted((int(n), row) for n, row in results[name].items() if int(n) != OVERLOAD)
+        ours = name in contenders.OURS or name in contenders.UVICORN
+        style = dict(marker="o", color=plt.cm.tab20(i), linestyle="-" if ours else "--", linewidth=2.5 if ours else 1.2)
         left.plot([n for n, _ in rows], [row["rps"] for _, row in rows], label=name, **style)
         right.plot([n for n, _ in rows], [row["p50_ms"] for _, row in rows], label=name, **style)
     if "limit" in results:
@@ -224,7 +258,7 @@ def plot(results: dict, path: Path) -> None:
         right.axhline(results["limit"]["1"]["p50_ms"], color="black", linewidth=1, label="limit (in process)")
     for axes, title in ((left, "requests per second"), (right, "median latency, ms")):
         axes.set(title=title, xlabel="clients", xscale="log", yscale="log")
-        ticks = sorted({int(n) for name in served for n in results[name]})
+        ticks = sorted({int(n) for name in served for n in results[name]} - {OVERLOAD})
         axes.set_xticks(ticks, [str(n) for n in ticks])
         axes.grid(alpha=0.3)
     left.legend(fontsize="small")
@@ -241,8 +275,8 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, help="folder of JPEG photos to send (default: drawn scenes, 480 x 360)")
     parser.add_argument("--calibrate", type=Path, help="photos to calibrate int8 with (default: drawn scenes)")
     parser.add_argument("--model-store", type=Path, default=ROOT / "model_store", help="what `make demo` wrote")
-    parser.add_argument("--repeat", type=int, default=3, help="starts of each contender (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=4, help="of each measurement (default: %(default)s)")
+    parser.add_argument("--repeat", type=int, default=2, help="starts of each contender (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=3, help="of each measurement (default: %(default)s)")
     args = parser.parse_args()
     names, clients = args.contenders.split(","), [int(n) for n in args.clients.split(",")]
     unknown = [name for name in names if name not in ALL]
@@ -251,7 +285,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that servers are stopped on the way out
     try:
         bench(names, clients, args)
-    except (OSError, RuntimeError, runtime.ConversionError, runtime.RuntimeUnavailable) as error:
+    except (OSError, RuntimeError, ExportError, ArchiveError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -261,15 +295,14 @@ def bench(names: list[str], clients: list[int], args) -> None:
     Raises:
         RuntimeError: contenders failed; the others are measured all the same.
     """
+    config, images = contenders.read_store(args.model_store, names), photos(args.photos)
     if {*PEERS} & {*names}:
         contenders.install_peers()
-    images = photos(args.photos)
-    settings = args.model_store / "model-config.yaml"
-    size = yaml.safe_load(settings.read_text())["handler"]["img_size"] if settings.is_file() else (96, 128)
-    contenders.prepare(names, args.model_store, BUILD, args.calibrate or calibration(BUILD / "scenes", size))
+    scenes = args.calibrate or calibration(BUILD / "scenes", config.img_size)
+    contenders.prepare(names, args.model_store, BUILD, scenes)
     masks = references(args.model_store, names, images)
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    runs, failures = defaultdict(lambda: defaultdict(list)), []
+    runs, failures, workers = defaultdict(lambda: defaultdict(list)), [], {}
     for _, name in (progress := tqdm([(i, name) for i in range(args.repeat) for name in names], unit="run")):
         progress.set_postfix_str(name)
         if name == "limit":
@@ -277,7 +310,11 @@ def bench(names: list[str], clients: list[int], args) -> None:
             rows = json.loads(subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True).stdout)
         else:
             try:
-                rows = measure(name, clients, images, Check(name, masks), args.seconds)
+                check = Check(name, masks)
+                if name in CHOSEN and name not in workers:
+                    workers[name] = choose_workers(name, images, check)
+                loads = [*clients, *([OVERLOAD] if name in OVERLOADED else [])]
+                rows = measure(name, loads, images, check, args.seconds, workers.get(name, 1))
             except (OSError, RuntimeError) as error:
                 failures.append(f"{name}: {error}")
                 continue
@@ -287,6 +324,7 @@ def bench(names: list[str], clients: list[int], args) -> None:
         save(results)
     shown = {name: results[name] for name in ALL if name in results}
     plot(shown, RESULTS.with_suffix(".png"))
+    write_table(shown)
     print(f"{cores()} cores, {cpu_name()}; {args.repeat} starts each, {args.seconds:g} s per figure, medians")
     print(summary(shown), table(shown), sep="\n\n")
     if failures:

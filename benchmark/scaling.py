@@ -1,9 +1,9 @@
-"""How the cost of an answer grows with photo, model, classes and threads: `python -m benchmark.scaling`.
+"""How the time of an answer grows with photo, model, classes and threads: `python -m benchmark.scaling`.
 
 Everything is measured in process, with the same functions that the handler calls. The README has the formula:
 
-    cost of an answer = read(photo pixels) + forward(architecture, model pixels, classes) / speed-up(threads) + server
-    requests/s of a replica = 1 / cost, and replicas = ceil(load / (0.6 × requests/s of a replica))
+    time of an answer = read(photo pixels) + forward(architecture, model pixels, classes) / speed-up(threads) + server
+    requests/s of a replica = 1 / time, and replicas = ceil(load / (0.6 × requests/s of a replica))
 """
 
 import argparse
@@ -20,9 +20,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from deployment import handler, runtime
+from deployment.config import Config
+from deployment.export.convert import to_openvino
 from deployment.model import DynamicUnetDIY
-from deployment.serve import cores
+from deployment.openvino_runtime import compile_model, infer
+from deployment.photos import Preprocessor
+from deployment.processes import cores
 
 # vCPUs of machine types that AI Platform offers: https://cloud.google.com/vertex-ai/docs/predictions/configure-compute
 MACHINES = {"n1-standard-2": 2, "n1-standard-4": 4, "n1-standard-8": 8, "n1-standard-16": 16}
@@ -49,29 +52,34 @@ def photo(width: int, height: int) -> bytes:
     return buffer.getvalue()
 
 
+def network(arch: str, n_classes: int, img_size: tuple[int, int]) -> Config:
+    """The configuration of a model that sees every photo at `img_size` (height, width)."""
+    return Config(arch, n_classes, img_size, resize={"size": img_size})
+
+
 def reading(img_size: tuple[int, int] = (96, 128)) -> Iterator[dict]:
     """Milliseconds to decode a JPEG, resize it and make a tensor of it, by its size."""
+    preprocessor = Preprocessor(network("resnet34", 12, img_size))
     for width, height in ((480, 360), (960, 720), (1920, 1080), (4032, 3024)):
         data = photo(width, height)
-        image = handler.open_image(data)
-        small = handler.resize(image, img_size)
+        image = preprocessor.open(data)
+        small = preprocessor.resize(image)
         yield {
             "photo": f"{width}x{height}",
             "kB": round(len(data) / 1000),
-            "decode_ms": milliseconds(lambda data=data: handler.open_image(data)),
-            "resize_ms": milliseconds(lambda image=image: handler.resize(image, img_size)),
-            "tensor_ms": milliseconds(lambda small=small: handler.to_tensor(small)),
+            "decode_ms": milliseconds(lambda data=data: preprocessor.open(data)),
+            "resize_ms": milliseconds(lambda image=image: preprocessor.resize(image)),
+            "tensor_ms": milliseconds(lambda small=small: preprocessor.to_tensor(small)),
         }
 
 
 def forward(arch: str, n_classes: int, img_size: tuple[int, int], threads: int = 1) -> dict:
     """Milliseconds of one photo through a model with random weights, on OpenVINO in float32, and its parameters."""
     model = DynamicUnetDIY(arch, n_classes, img_size)
-    config = {"arch": arch, "n_classes": n_classes, "img_size": img_size, "options": {}, "resize": {"size": img_size}}
     with tempfile.TemporaryDirectory() as folder:
-        weights = Path(folder, "fastunet.pth")
-        torch.save(model.state_dict(), weights)
-        predict = runtime.openvino_model(runtime.to_openvino(runtime.Segmenter(config, weights), config), threads)
+        torch.save(model.state_dict(), Path(folder, "fastunet.pth"))
+        compiled = compile_model(to_openvino(network(arch, n_classes, img_size), folder), threads)
+    request = compiled.create_infer_request()
     x = torch.rand(1, 3, *img_size)
     return {
         "arch": arch,
@@ -79,7 +87,7 @@ def forward(arch: str, n_classes: int, img_size: tuple[int, int], threads: int =
         "size": f"{img_size[1]}x{img_size[0]}",
         "threads": threads,
         "parameters_M": sum(p.numel() for p in model.parameters()) / 1e6,
-        "forward_ms": milliseconds(lambda: predict(x), 1.0),
+        "forward_ms": milliseconds(lambda: infer(request, x), 1.0),
     }
 
 
@@ -93,7 +101,7 @@ def replicas(load: float, per_replica: float, used: float = 0.6) -> int:
 
 
 def needs(machine: str, per_replica: float) -> dict:
-    """How many replicas of `machine` some loads need. Its requests/s are reckoned: as many for each vCPU as here."""
+    """How many replicas of `machine` some loads need. Its requests/s are estimated: as many for each vCPU as here."""
     return {"machine": machine, "requests/s": round(per_replica)} | {
         f"for {load}/s": replicas(load, per_replica) for load in (10, 100, 1000)
     }

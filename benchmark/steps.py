@@ -6,14 +6,14 @@ see is HTTP, TorchServe's Java and the way between its processes.
 
 import argparse
 import re
-import urllib.request
 from pathlib import Path
 
 from benchmark import load
 from benchmark.contenders import OURS, first_answer
 from benchmark.run import BUILD, photos
 from benchmark.scaling import show
-from deployment.serve import free_ports, torchserve
+from deployment.processes import free_ports
+from deployment.serve import DIRECT, torchserve
 
 STEPS = {
     "queue": ("ts_queue_latency_microseconds", 1e-3),
@@ -25,7 +25,7 @@ STEPS = {
 
 def totals(metrics_port: int) -> dict[str, float]:
     """What the server has counted so far, over all workers: the milliseconds of each step, and how many batches."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics") as answer:
+    with DIRECT.open(f"http://127.0.0.1:{metrics_port}/metrics") as answer:
         text = answer.read().decode()
 
     def total(name: str) -> float:

@@ -15,7 +15,8 @@ from pathlib import Path
 from .config import read_config
 
 HERE = Path(__file__).parent
-MODULES = ("answers.py", "config.py", "photos.py", "protocol.py", "runtime.py")  # that handler.py imports
+# That handler.py imports.
+MODULES = ("answers.py", "config.py", "openvino_runtime.py", "photos.py", "protocol.py", "runtime.py")
 MODEL_FILES = {"openvino": ("fastunet.bin", "fastunet.xml")}  # by runtime; for the others see Config.model_file
 
 

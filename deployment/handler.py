@@ -67,8 +67,8 @@ class Handler:
         """The request in `fields`, the body or the fields of a form, and its photos as tensors."""
         try:
             request = protocol.read_request(fields, accept)
-        except protocol.Rejected as error:
-            return Job(protocol.Request([]), [Photo(error=error)])
+        except Exception as error:
+            return Job(protocol.Request([]), [Photo(error=protocol.rejection(error))])
         job = Job(request, [Photo() for _ in request.instances])
         for photo, instance in zip(job.photos, request.instances, strict=True):
             try:

@@ -3,13 +3,12 @@
 Each optional package is imported only where it is used.
 """
 
-import contextlib
 import importlib
 import io
 import json
 import logging
 import os
-import time
+import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,13 +19,15 @@ from torch import Tensor
 if __package__:
     from .config import Config
     from .model import DynamicUnetDIY
+    from .openvino_runtime import load_openvino
 else:  # in the archive, where the files lie side by side
     from config import Config
     from model import DynamicUnetDIY
+    from openvino_runtime import load_openvino
 
 logger = logging.getLogger(__name__)
 
-PRECISIONS = {"eager": ("fp32",), "openvino": ("fp32", "int8")}  # by runtime
+PRECISIONS = {"eager": ("fp32",), "openvino": ("fp32", "bf16", "int8")}  # by runtime
 ACTIVATIONS = {"softmax": lambda x: x.softmax(dim=1), "sigmoid": torch.sigmoid, None: lambda x: x}
 Predict = Callable[[Tensor], Tensor]  # float32 (N, channels, H, W) to what `decode` returns
 
@@ -37,6 +38,8 @@ class RuntimeUnavailable(RuntimeError):
 
 def load(config: Config, folder: Path | str, device: torch.device | None = None) -> Predict:
     """The model in `folder` as a function from photos to what `decode` makes of them, warm: it has run already.
+
+    Any thread may call it.
 
     `device` is where PyTorch computes (default: the CPU). OpenVINO computes on the CPU, with as many threads as torch
     has, which OMP_NUM_THREADS sets.
@@ -52,7 +55,8 @@ def load(config: Config, folder: Path | str, device: torch.device | None = None)
             "exported with torch %s, served with %s: answers may round differently", exported, torch.__version__
         )
     if config.runtime == "openvino":
-        predict = openvino_models(Path(folder, "fastunet.xml"), torch.get_num_threads())
+        import_optional("openvino")
+        predict = load_openvino(Path(folder, "fastunet.xml"), torch.get_num_threads(), config.precision)
         torch.set_num_threads(1)  # torch only makes tensors here: its threads would spin beside OpenVINO's
     else:
         predict = eager(config, folder, device or torch.device("cpu"))
@@ -182,14 +186,16 @@ def eager(config: Config, folder: Path | str, device: torch.device) -> Predict:
     """The model as PyTorch runs it.
 
     On a CPU a batch takes as long as its photos one by one, and rounds a few logits differently: a mask could then
-    depend on who else asks at the moment. So there it goes through one by one.
+    depend on who else asks at the moment. So there it goes through one by one, whichever threads ask: how many compute
+    decides how torch rounds, and is always the same.
     """
-    model = Model(config, folder).to(device)
+    model, lock = Model(config, folder).to(device), threading.Lock()
 
     @torch.inference_mode()
     def predict(batch: Tensor) -> Tensor:
         parts = batch.split(1 if device.type == "cpu" else len(batch))
-        return torch.cat([model(x.to(device)).cpu() for x in parts])
+        with lock:
+            return torch.cat([model(x.to(device)).cpu() for x in parts])
 
     return predict
 
@@ -210,62 +216,3 @@ def import_optional(package: str):
         return importlib.import_module(package)
     except ImportError as error:
         raise RuntimeUnavailable(f"this runtime needs `{package}`: pip install {package} ({error})") from None
-
-
-def openvino_models(path: Path, share: int) -> Callable[[Tensor], Tensor]:
-    """The model at `path`, as `load` returns it, with more threads for a photo while other workers have nothing to do.
-
-    `share` is this worker's part of the cores. Threads that wait for each other on busy cores cost
-    throughput, so under load it is not exceeded. A lone photo finds idle cores, and is ready sooner with twice the
-    threads. The workers tell each other by a lock on the model's file, and by its time where one was refused.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    together = openvino_model(path, share)
-    if share >= cores:
-        return together
-    import fcntl
-
-    alone, file = openvino_model(path, min(2 * share, cores)), path.open()
-
-    def under_load() -> bool:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # another worker computes at this moment
-            with contextlib.suppress(OSError):  # on a read-only disk
-                os.utime(path)
-        return time.time() - path.stat().st_mtime < 1
-
-    def predict(batch: Tensor) -> Tensor:
-        masks = []
-        for x in batch.split(1):
-            try:
-                masks.append(together(x) if under_load() else alone(x))
-            finally:  # an error too must not leave the others waiting for this photo to end
-                fcntl.flock(file, fcntl.LOCK_UN)
-        return torch.cat(masks)
-
-    return predict
-
-
-def openvino_model(model, threads: int | None = None) -> Callable[[Tensor], Tensor]:
-    """What `convert` made, a path or a model in memory, as `load` returns it; with `threads`, else as many as torch."""
-    compiled = (
-        import_optional("openvino")
-        .Core()
-        .compile_model(
-            model,
-            "CPU",
-            {
-                "PERFORMANCE_HINT": "LATENCY",
-                "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
-                "INFERENCE_PRECISION_HINT": "f32",  # the default is bfloat16 where the CPU has it: other masks
-                "ENABLE_CPU_PINNING": False,  # several workers would all be pinned to the same cores
-            },
-        )
-    )
-    request = compiled.create_infer_request()
-
-    def predict(batch: Tensor) -> Tensor:
-        return torch.cat([torch.from_numpy(request.infer([x.numpy()], share_inputs=True)[0]) for x in batch.split(1)])
-
-    return predict

@@ -1,9 +1,9 @@
-"""Start TorchServe for the archive in a model store: in the foreground, or for the length of a `with` block.
+"""Start a server for the archive in a model store: in the foreground, or TorchServe for the length of a `with` block.
 
 `python -m deployment.serve` stays as the parent of TorchServe's Java process. On SIGTERM, TorchServe alone drops the
 requests in flight; the parent lets the workers finish first. TorchServe's own `/ping` answers with 200 seconds before
 a worker is ready: `python -m deployment.serve --check` says with its exit status whether one is, and in a container of
-AI Platform the port stays closed until then.
+AI Platform the port stays closed until then. With `--server uvicorn` it is `app` that serves, in this process.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -243,18 +244,24 @@ def open_when_ready(public: socket.socket, port: int, management_port: int, fold
     asyncio.run(listen())
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(server: str | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m deployment.serve",
-        description="Serve an archive with TorchServe, in the foreground, on loopback.",
+        description="Serve an archive, in the foreground, on loopback.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     in_cloud = os.environ.get("AIP_HTTP_PORT")  # a container of AI Platform: reachable from outside, on that port
+    parser.add_argument(
+        "--server",
+        choices=("torchserve", "uvicorn"),
+        default=server or os.environ.get("SERVER") or "torchserve",
+        help="TorchServe, or `python -m deployment.app`",
+    )
     parser.add_argument("--model-store", default="model_store", help="folder of the archive")
     parser.add_argument("--name", default=os.environ.get("MODEL_NAME"), help="of the model (default: the archive's)")
     parser.add_argument("--host", default="0.0.0.0" if in_cloud else "127.0.0.1", help="address of the predictions")
     parser.add_argument("--port", type=int, default=in_cloud or 8080, help="port of the predictions")
-    parser.add_argument("--management-port", type=int, default=8081, help="on loopback")
+    parser.add_argument("--management-port", type=int, default=8081, help="TorchServe's, on loopback")
     parser.add_argument("--metrics-port", type=int, default=8082, help="Prometheus metrics, on loopback")
     parser.add_argument("--auth", action="store_true", help="ask for a token; they are written to key_file.json")
     parser.add_argument("--require-gpu", action="store_true", help="do not serve on the CPU (REQUIRE_GPU=1)")
@@ -266,12 +273,28 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    options = vars(parse_args())
+def announce(url: str, key_file: Path | None) -> None:
+    print(url, *([f"tokens: {key_file}"] if key_file else []), sep="\n", flush=True)
+
+
+def is_healthy(port: int) -> bool:
+    """Whether the server on loopback's `port` says that it can answer: `app` says so only when it can."""
+    try:
+        with DIRECT.open(f"http://127.0.0.1:{port}/ping", timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+def main(server: str | None = None) -> None:
+    options = vars(parse_args(server))
+    server = options.pop("server")
     # TorchServe writes its tokens into the working directory, which in the image is not the user's to write to.
     folder = Path.cwd() if os.access(".", os.W_OK) else Path(tempfile.gettempdir(), f"torchserve-{os.getuid()}")
     try:
         if options.pop("check"):
+            if server == "uvicorn":
+                sys.exit(not is_healthy(options["port"]))
             name = options["name"] or find_archive(options["model_store"])[1]
             sys.exit(not is_ready(options["management_port"], folder, name))
         if options.pop("require_gpu"):
@@ -285,17 +308,24 @@ def main() -> None:
         name = options["name"] = find_archive(options["model_store"], options["name"])[1]
         folder.mkdir(mode=0o700, exist_ok=True)
         url = f"http://{options['host']}:{options['port']}/predictions/{name}"
+        key_file = folder / "key_file.json" if options["auth"] else None
+        if server == "uvicorn":
+            from .app import serve_archive
+
+            public, metrics_port = reserve_port(options["host"], options["port"]), options["metrics_port"]
+            reserve_port("127.0.0.1", metrics_port).close()
+            announce(url, key_file)
+            serve_archive(find_archive(options["model_store"], name)[0], name, public, metrics_port, key_file)
+            return
         if "AIP_HTTP_PORT" in os.environ:  # AI Platform sends requests as soon as /ping says 200
             public = reserve_port(options["host"], options["port"])
             options |= {"host": "127.0.0.1", "port": free_ports(1)[0]}
             behind = public, options["port"], options["management_port"], folder, name
             threading.Thread(target=open_when_ready, args=behind, daemon=True).start()
         argv, env = command(**options)
-    except (OSError, ValueError, RuntimeError) as e:
+    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile) as e:
         sys.exit(f"error: {e}")
-    print(url, flush=True)
-    if options["auth"]:
-        print(f"tokens: {folder / 'key_file.json'}", flush=True)
+    announce(url, key_file)
     sys.exit(run(argv, env, options["management_port"], folder, name))
 
 

@@ -1,23 +1,32 @@
-"""Shared fixtures: a small learner, its model store with a real archive, one TorchServe for the whole session."""
+"""Shared fixtures: a small learner, its model store with a real archive, a server of each kind for all tests."""
 
+import contextlib
 import functools
 import io
 import os
 import shutil
-import subprocess
 import sys
-import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 import torch
+import yaml
 from PIL import Image, ImageDraw
 
-from deployment.export import export_learner
-from deployment.serve import free_ports, torchserve, workers_and_threads
+from deployment.archive import make_archive
+from deployment.config import Config
+from deployment.export import export_learner, write_config
+from deployment.export.convert import convert
+from deployment.model import DynamicUnetDIY
+from deployment.photos import Preprocessor
+from deployment.processes import cores, free_ports, started
+from deployment.runtime import eager
+from deployment.serve import is_healthy, model_status, torchserve, workers_and_threads
 
 ROOT = Path(__file__).parents[1]
 CODES = ["Sky", "Building", "Pole", "Road", "Sidewalk", "Tree", "SignSymbol", "Fence", "Car", "Pedestrian"]
@@ -85,60 +94,101 @@ def spread_classes(learner, files: list[Path]) -> None:
 
 
 @pytest.fixture(scope="session")
-def model_store(learner, tmp_path_factory) -> Path:
-    """A model store with `fastunet.mar`, made of `learner` by the export and the plain torch-model-archiver."""
-    store = export_learner(learner, tmp_path_factory.mktemp("model_store"))
-    archive(store)
-    return store
-
-
-def archive(store: Path) -> None:
-    """Make `store`/fastunet.mar of what the export wrote into `store`."""
-    archiver = shutil.which("torch-model-archiver", path=Path(sys.executable).parent) or "torch-model-archiver"
-    arguments = {
-        "model-name": "fastunet",
-        "version": "1.0",
-        "handler": ROOT / "deployment" / "handler.py",
-        "model-file": ROOT / "deployment" / "model.py",
-        "serialized-file": store / "fastunet.pth",
-        "config-file": store / "model-config.yaml",
-        "export-path": store,
-    }
-    command = [archiver, "--force", *(f"--{name}={value}" for name, value in arguments.items())]
-    with tempfile.TemporaryDirectory() as scratch:  # the archiver works in $TMPDIR/fastunet, whoever else does
-        subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"TMPDIR": scratch})
+def exported(learner, tmp_path_factory) -> Path:
+    """What the export writes of `learner`."""
+    return export_learner(learner, tmp_path_factory.mktemp("model_store"))
 
 
 @pytest.fixture(scope="session")
-def next_version(model_store, tmp_path_factory) -> Path:
+def model_store(exported) -> Path:
+    """`exported` with its archive, `fastunet.mar`."""
+    make_archive(exported)
+    return exported
+
+
+def configured(store: Path, folder: Path, **settings) -> Path:
+    """`folder`, with the weights of `store` and its configuration, in whose section `handler` are other `settings`."""
+    config = yaml.safe_load((store / "model-config.yaml").read_text())
+    config["handler"] |= settings
+    (folder / "model-config.yaml").write_text(yaml.safe_dump(config))
+    if not (folder / "fastunet.pth").exists():
+        (folder / "fastunet.pth").symlink_to(store / "fastunet.pth")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def same_number_of_threads() -> Iterator[None]:
+    """A test that changes the number of torch's threads, as serving with OpenVINO does, changes it for itself alone."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def next_version(exported, tmp_path_factory) -> Path:
     """The store of a second version of the model, which gives every pixel the class after the first version's."""
     store = tmp_path_factory.mktemp("next_version")
-    shutil.copy(model_store / "model-config.yaml", store)
-    weights = torch.load(model_store / "fastunet.pth", weights_only=True)
+    shutil.copy(exported / "model-config.yaml", store)
+    weights = torch.load(exported / "fastunet.pth", weights_only=True)
     for name in list(weights)[-2:]:  # the last layer's weight and bias: a row per class
         weights[name] = weights[name].roll(1, dims=0)
     torch.save(weights, store / "fastunet.pth")
-    archive(store)
+    make_archive(store)
     return store
 
 
+SERVERS = ("torchserve", "uvicorn")
+
+
+@pytest.fixture(scope="session", params=SERVERS)
+def kind(request) -> str:
+    """Which server `server` is. A test that uses it, also through other fixtures, runs once with each."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
-def ports() -> dict[str, int]:
-    """The ports of `server`: `port`, `management_port`, `metrics_port`."""
+def ports(kind) -> dict[str, int]:
+    """The ports of `server`: `port`, `management_port` (TorchServe's), `metrics_port`."""
     return dict(zip(("port", "management_port", "metrics_port"), free_ports(3), strict=True))
 
 
 @pytest.fixture(scope="session")
-def server_folder(tmp_path_factory) -> Path:
-    """The working directory of `server`, with its log, torchserve.log."""
+def server_folder(kind, tmp_path_factory) -> Path:
+    """The working directory of `server`, with its log, `kind`.log."""
     return tmp_path_factory.mktemp("server")
 
 
 @pytest.fixture(scope="session")
-def server(model_store, ports, server_folder) -> Iterator[str]:
-    """The URL of a TorchServe that serves `model_store`; every test of the session shares it."""
-    with torchserve(model_store, folder=server_folder, **ports) as url:
+def server(kind, model_store, ports, server_folder) -> Iterator[str]:
+    """The URL of a server of `kind` that serves `model_store`; every test of the session shares it."""
+    serve = torchserve if kind == "torchserve" else uvicorn
+    with serve(model_store, folder=server_folder, **ports) as url:
         yield url
+
+
+@pytest.fixture(scope="session")
+def computing(kind, ports, server):
+    """A function that returns the ids of the processes of `server` that compute: they change where one restarted."""
+
+    def pids() -> set[int]:
+        if kind == "torchserve":
+            return {worker["pid"] for worker in model_status(ports["management_port"])["workers"]}
+        return {c.pid for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr.port == ports["port"]}
+
+    return pids
+
+
+@contextlib.contextmanager
+def uvicorn(model_store: Path, folder: Path, **ports: int) -> Iterator[str]:
+    """`python -m deployment.app`; yields its URL once it answers."""
+    command = [sys.executable, "-m", "deployment.app", "--model-store", str(model_store)]
+    command += [f"--{name.replace('_', '-')}={port}" for name, port in ports.items()]
+    env, log = os.environ | {"PYTHONPATH": str(ROOT)}, folder / "uvicorn.log"
+    with log.open("wb") as output, started(command, env, cwd=folder, stdout=output, stderr=output) as process:
+        while not is_healthy(ports["port"]):
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{ports['port']}"
 
 
 @pytest.fixture(scope="session")
@@ -154,21 +204,106 @@ def client(server) -> Iterator[httpx.Client]:
         yield client
 
 
-@pytest.fixture(scope="session")
-def predict(learner):
-    """A function from a photo's bytes to the class mask (uint8, height × width) that `learn.predict` gives.
-
-    It computes with as many threads as a worker of `server`: their number decides how torch rounds.
-    """
+def learner_masks(learner, threads: int):
+    """A function from a photo's bytes to the mask (uint8, height × width) of `learn.predict` on so many threads."""
 
     @functools.cache
     def mask_of(data: bytes) -> np.ndarray:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(workers_and_threads()[1])
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
         try:
             with learner.no_bar(), learner.no_logging():
                 return learner.predict(data)[0].numpy().astype(np.uint8)
         finally:
-            torch.set_num_threads(threads)
+            torch.set_num_threads(before)
 
     return mask_of
+
+
+@pytest.fixture(scope="session")
+def predict(learner, kind):
+    """What `learn.predict` gives on as many threads as `server` computes a photo with: they decide how torch rounds."""
+    return learner_masks(learner, workers_and_threads()[1] if kind == "torchserve" else cores())
+
+
+# --- a small network with random weights, which needs no fastai ---
+
+SMALL = Config(
+    arch="resnet18",
+    n_classes=4,
+    img_size=[64, 64],
+    options={"cut": 5},
+    resize={"size": [64, 64], "method": "squish", "pad_mode": "reflection", "resample": "bilinear"},
+    mean=[0.4, 0.5, 0.6],
+    std=[0.2, 0.3, 0.25],
+    classes=["Sky", "Road", "Tree", "Void"],
+)
+
+
+@pytest.fixture(scope="session")
+def small_store(tmp_path_factory) -> Path:
+    """The store of a network as `SMALL` says, in whose masks every class occurs."""
+    torch.manual_seed(0)
+    model = DynamicUnetDIY(SMALL.arch, SMALL.n_classes, SMALL.img_size, **SMALL.options)
+    with torch.no_grad():  # statistics that are not trivial, and logits in which every class wins somewhere
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 1.5)
+        head = list(model.layers)[-1][0]
+        head.weight.mul_(20)
+    folder = tmp_path_factory.mktemp("small")
+    torch.save(model.state_dict(), folder / "fastunet.pth")
+    write_config(SMALL, folder)
+    return folder
+
+
+def photo_batch(n: int, height: int = 64, width: int = 64) -> torch.Tensor:
+    """`n` random photos as the network takes them, the same each time."""
+    return torch.rand(n, 3, height, width, generator=torch.Generator().manual_seed(n))
+
+
+def agreement(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The share of the pixels that are equal in both masks."""
+    assert a.dtype == b.dtype == torch.uint8 and a.shape == b.shape
+    return (a == b).float().mean().item()
+
+
+@pytest.fixture(scope="session")
+def small_masks(small_store):
+    """A function from a batch to the masks that PyTorch gives with `small_store`."""
+    return eager(SMALL, small_store, torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def camvid_folder(small_masks, tmp_path_factory) -> Path:
+    """Ten photos in CamVid's layout; their labels are what the network says, so that it is right everywhere."""
+    folder = tmp_path_factory.mktemp("camvid")
+    rng = np.random.default_rng(0)
+    (folder / "images").mkdir()
+    (folder / "labels").mkdir()
+    for i in range(10):
+        coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).resize((64, 64), Image.Resampling.BICUBIC)
+        coarse.save(folder / "images" / f"{i}.png")
+        mask = small_masks(Preprocessor(SMALL)(encoded(coarse))[None])[0].numpy()
+        Image.fromarray(mask).save(folder / "labels" / f"{i}_P.png")
+    (folder / "valid.txt").write_text("0.png\n1.png\n2.png\n")
+    return folder
+
+
+def convert_copy(small_store: Path, folder: Path, *arguments, **options) -> tuple[Config, Path]:
+    """`small_store` converted in `folder`: its configuration, and the folder."""
+    shutil.copy(small_store / "fastunet.pth", folder)
+    return convert(SMALL, folder, *arguments, **options), folder
+
+
+@pytest.fixture(scope="session")
+def converted(small_store, tmp_path_factory) -> tuple[Config, Path]:
+    """The float32 model on OpenVINO."""
+    return convert_copy(small_store, tmp_path_factory.mktemp("openvino"))
+
+
+@pytest.fixture(scope="session")
+def int8(small_store, camvid_folder, tmp_path_factory) -> tuple[Config, Path]:
+    """The int8 model on OpenVINO."""
+    return convert_copy(small_store, tmp_path_factory.mktemp("int8"), "int8", camvid_folder, max_drop=100)

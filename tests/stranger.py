@@ -28,9 +28,9 @@ folder = Path(sys.argv[1])
 def draw(rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
     """A farm: a pond and a barn on a meadow, and the mask."""
     photo, mask = Image.new("RGB", (150, 100), (90, 150, 60)), Image.new("L", (150, 100))
-    for index, colour, shape in ((1, (60, 90, 170), "ellipse"), (2, (150, 60, 40), "rectangle")):
+    for index, color, shape in ((1, (60, 90, 170), "ellipse"), (2, (150, 60, 40), "rectangle")):
         x, y, w, h = (int(v) for v in rng.integers([0, 0, 30, 20], [100, 60, 70, 50]))
-        for image, fill in ((photo, colour), (mask, index)):
+        for image, fill in ((photo, color), (mask, index)):
             getattr(ImageDraw.Draw(image), shape)((x, y, x + w, y + h), fill=fill)
     noise = rng.normal(0, 12, (100, 150, 3))
     return Image.fromarray((np.array(photo) + noise).clip(0, 255).astype(np.uint8)), mask

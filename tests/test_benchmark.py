@@ -1,12 +1,15 @@
 """The benchmark's own parts: the load generator against a server that is known, the checks, the form of the results."""
 
 import base64
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
+import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -14,30 +17,41 @@ import numpy as np
 import psutil
 import pytest
 import torch
-import yaml
 
 from benchmark import contenders, gpu, limit, load, peers, run, scaling, steps
-from deployment import runtime
+from deployment.config import Config, read_config
+from deployment.export import write_config
+from deployment.export.convert import convert
 from deployment.model import DynamicUnetDIY
-from deployment.serve import free_ports
+from deployment.processes import cores, free_ports
 
-KEYS = {"rps", "p50_ms", "p95_ms", "p99_ms", "errors", "wrong_masks"}
+KEYS = {"rps", "p50_ms", "p95_ms", "p99_ms", "refused", "errors", "wrong_masks"}
 
 
 @pytest.fixture
 def server():
-    """A server that answers after 20 ms with what was posted; `fail` and `garble` are called with each body."""
+    """A server that answers after 20 ms with what was posted; `fail` and `garble` are called with each body.
+
+    To a GET it answers with metrics.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         connections = set()
         fail = garble = staticmethod(lambda body: False)
 
+        def do_GET(self):
+            metrics = b'ts_inference_requests_total{model_name="fastunet"} 3.0\ninference_seconds_sum{} 0.25\n'
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(metrics)))
+            self.end_headers()
+            self.wfile.write(metrics)
+
         def do_POST(self):
             body = self.rfile.read(int(self.headers["Content-Length"]))
             Handler.connections.add(self.client_address)
             time.sleep(0.02)
-            self.send_response(503 if Handler.fail(body) else 200)
+            self.send_response(500 if Handler.fail(body) else 200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body[::-1] if Handler.garble(body) else body)
@@ -77,6 +91,43 @@ def test_errors_and_wrong_masks_are_counted(server):
     assert result["wrong_masks"] == pytest.approx(good / 2, abs=5) and result["wrong_masks"] > 0
 
 
+def test_a_client_that_is_told_to_come_again_waits_as_long_as_it_is_told():
+    seen = []
+
+    class Busy(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            seen.append(time.monotonic())
+            self.send_response(503 if len(seen) == 1 else 200)
+            self.send_header("Retry-After", "1")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Busy)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    result = load.run(f"http://127.0.0.1:{httpd.server_port}/", PHOTOS, 1, 1.2, lambda *_: True, warm_up=0, rounds=1)
+    httpd.shutdown()
+    assert result["refused"] == 1 and result["errors"] == 0 and result["rps"] > 0
+    assert seen[1] - seen[0] >= 1
+
+
+@pytest.mark.parametrize("best", sorted({1, cores()}))
+def test_the_faster_number_of_workers_is_chosen(monkeypatch, best):
+    @contextlib.contextmanager
+    def contender(name, folder, workers):
+        yield workers
+
+    monkeypatch.setattr(contenders, "contender", contender)
+    monkeypatch.setattr(contenders, "first_answer", lambda *_: b"")
+    monkeypatch.setattr(load, "run", lambda workers, *_: {"rps": 2.0 if workers == best else 1.0})
+    assert run.choose_workers("ray", [b""], same) == best
+
+
 def test_a_server_that_is_gone_gives_errors_not_an_exception():
     result = load.run(f"http://127.0.0.1:{free_ports(1)[0]}/", PHOTOS, 2, 0.3, same, warm_up=0)
     assert result["rps"] == 0 and result["errors"] > 0
@@ -86,6 +137,19 @@ def test_slow_answers_are_waited_for(server):
     server.handler.garble = staticmethod(lambda body: time.sleep(0.4))
     result = load.run(server.url, PHOTOS, 2, 0.1, same, warm_up=0, rounds=1)
     assert result["rps"] > 0 and result["p50_ms"] >= 400
+
+
+def test_no_proxy_stands_between_client_and_server(server, monkeypatch):
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_ports(1)[0]}")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(urllib.request, "_opener", None)  # urlopen keeps the proxies of its first call
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(server.url)
+    assert contenders.first_answer(server.url, PHOTOS[0], timeout=2) == PHOTOS[0]
+    counted = steps.totals(server.server_port)
+    assert counted["requests"] == 3 and counted["inference"] == 250
+    assert load.run(server.url, PHOTOS, 1, 0.2, same, warm_up=0)["errors"] == 0
 
 
 def test_the_generator_is_no_bottleneck():
@@ -138,7 +202,7 @@ def test_results_have_the_promised_form(tmp_path, monkeypatch, server):
 
 def test_the_readme_has_the_figures_of_results_json():
     results = json.loads(run.RESULTS.read_text())
-    assert run.summary(results) in (contenders.ROOT / "README.md").read_text()
+    assert run.summary(results) in run.README.read_text()
     assert (run.RESULTS.with_suffix(".png")).is_file()
 
 
@@ -186,16 +250,53 @@ def test_without_an_exported_model_one_line_says_what_to_do(tmp_path, monkeypatc
     assert "\n" not in str(end.value)
 
 
+def test_a_model_store_of_another_version_is_named_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "fastunet.pth").touch()
+    (tmp_path / "model-config.yaml").write_text("handler: {arch: resnet18, n_classes: 2, img_size: [8, 8], codes: []}")
+    monkeypatch.setattr(sys, "argv", ["run", "--contenders", "eager", "--model-store", str(tmp_path)])
+    with pytest.raises(SystemExit, match="unknown setting codes.*run `make demo` again") as end:
+        run.main()
+    assert "\n" not in str(end.value)
+
+
+def test_only_jpegs_of_a_folder_are_sent(tmp_path):
+    (tmp_path / "images").mkdir()
+    for name in ("b.JPG", "a.jpeg", "c.png"):
+        (tmp_path / "images" / name).write_bytes(name.encode())
+    assert run.photos(tmp_path) == [b"a.jpeg", b"b.JPG"]
+    with pytest.raises(FileNotFoundError, match="no JPEG photos in"):
+        run.photos(tmp_path / "labels")
+
+
+def test_contenders_are_prepared_once(model_store, tmp_path):
+    names, scenes, build = ["baseline", "eager", "openvino-fp32"], tmp_path / "scenes", tmp_path / "build"
+    scenes.mkdir()
+    for seed in range(5):
+        run.draw(seed, (64, 96)).save(scenes / f"{seed}.png")
+    contenders.prepare(names, model_store, build, scenes)
+    archives = {name: build / name / "fastunet.mar" for name in names}
+    assert {path.name for path in build.iterdir()} == {*names}
+    for name, file in (("baseline", "baseline.json"), ("eager", "fastunet.pth"), ("openvino-fp32", "fastunet.xml")):
+        assert file in zipfile.ZipFile(archives[name]).namelist()
+    assert read_config(build / "openvino-fp32").accuracy["mask_agreement"] > 0.9999
+    assert read_config(build / "eager") == read_config(model_store)
+
+    made = {name: path.stat().st_mtime_ns for name, path in archives.items()}
+    contenders.prepare(names, model_store, build, scenes)
+    assert made == {name: path.stat().st_mtime_ns for name, path in archives.items()}
+    os.utime(archives["eager"], (0, 0))
+    contenders.prepare(names, model_store, build, scenes)
+    assert [name for name, path in archives.items() if path.stat().st_mtime_ns != made[name]] == ["eager"]
+
+
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
     """A folder with a small model for OpenVINO and its configuration."""
     folder = tmp_path_factory.mktemp("converted")
-    config = {"arch": "squeezenet1_1", "n_classes": 3, "img_size": [32, 32], "options": {}, "mean": None, "std": None}
-    config |= {"resize": {"size": [32, 32]}, "codes": ["a", "b", "c"]}
+    config = Config("squeezenet1_1", 3, (32, 32), resize={"size": (32, 32)}, classes=["a", "b", "c"])
     torch.manual_seed(0)
     torch.save(DynamicUnetDIY("squeezenet1_1", 3, (32, 32)).state_dict(), folder / "fastunet.pth")
-    config = runtime.convert(config, folder / "fastunet.pth", folder)
-    (folder / "model-config.yaml").write_text(yaml.safe_dump({"handler": config}))
+    write_config(convert(config, folder), folder)
     return folder
 
 
@@ -211,9 +312,11 @@ def test_peers_answer_with_the_handlers_own_mask(converted):
     image = run.photos(None, 1)[0]
     handler = peers.load(str(converted))
     torch.set_num_threads(threads)  # the handler leaves them to OpenVINO
-    photo = peers.read(handler, image)
-    handler.inference([photo])
-    answered = json.loads(peers.answer(handler, photo))
+    jobs = [peers.read(handler, body) for body in (image, b"no photo", image)]
+    peers.infer(handler, jobs)
+    good, bad, other = map(handler.postprocess, jobs)
+    assert (good.status, bad.status) == (200, 400) and other == good
+    answered = json.loads(good.body)
     assert answered["shape"] == [32, 32]
     names = ["openvino-fp32"]
     masks = run.references(converted, names, [image])

@@ -1,6 +1,9 @@
 """Export: what it reads off a learner, what it proves, and what it refuses."""
 
+import base64
 import importlib
+import io
+import json
 import pickle
 import subprocess
 import sys
@@ -12,15 +15,17 @@ import pytest
 import torch
 import torchvision
 import yaml
-from conftest import draw_photo
+from conftest import ROOT, draw_photo
 from PIL import Image
 
-from deployment import export
-from deployment.export import ExportError, export_learner
-from deployment.handler import load_model, open_image, resize, to_tensor
-from deployment.model import decode
+from deployment.config import read_config
+from deployment.export import ExportError, export_learner, load_learner
+from deployment.export import __main__ as command_line
+from deployment.export.describe import describe_learner
+from deployment.handler import Handler
+from deployment.photos import Preprocessor
+from deployment.runtime import decode, load_network
 
-ROOT = Path(__file__).parents[1]
 CODES = ["sky", "road", "tree", "car"]
 
 
@@ -105,14 +110,10 @@ def make(data: Path, item=None, batch=None, *, codes=CODES, img_cls=None, arch="
 
 def served_mask(store: Path, photo: Path) -> torch.Tensor:
     """The mask of `photo` from the exported files alone, by the functions that the handler calls."""
-    config = yaml.safe_load((store / "model-config.yaml").read_text())["handler"]
-    model = load_model(config, store / "fastunet.pth")
-    image = open_image(photo.read_bytes(), config["options"].get("n_in", 3))
-    if config["resize"]:
-        image = resize(image, **config["resize"])
-    x = to_tensor(image, config["mean"], config["std"], config["affine"])
+    config = read_config(store)
+    x = Preprocessor(config)(photo.read_bytes())
     with torch.inference_mode():
-        return decode(model(x[None]), **config["decode"])[0]
+        return decode(load_network(config, store)(x[None]), config.activation, config.threshold)[0]
 
 
 def predicted_mask(learner, photo: Path) -> torch.Tensor:
@@ -195,6 +196,93 @@ def test_exported_mask_is_learn_predicts(name, data, photos, tmp_path):
     assert_same_masks(learner, store, photos if name == "squish" else photos[::4])
 
 
+# --- learners as fastai's lessons and documentation make them, from the export to every form of the answer ---
+
+
+class CombinedLoss:
+    """Focal and Dice together, from fastai's documentation of custom losses."""
+
+    def __init__(self, axis=1, smooth=1.0, alpha=1.0):
+        from fastai.vision.all import DiceLoss, FocalLossFlat
+
+        self.axis, self.alpha = axis, alpha
+        self.focal_loss, self.dice_loss = FocalLossFlat(axis=axis), DiceLoss(axis, smooth)
+
+    def __call__(self, pred, targ):
+        return self.focal_loss(pred, targ) + self.alpha * self.dice_loss(pred, targ)
+
+    def decodes(self, x):
+        return x.argmax(dim=self.axis)
+
+    def activation(self, x):
+        return x.softmax(dim=self.axis)
+
+
+def lessons() -> dict[str, dict]:
+    """Arguments of `make`."""
+    from fastai.vision.all import (
+        BCEWithLogitsLossFlat,
+        DiceLoss,
+        EarlyStoppingCallback,
+        Mish,
+        MixedPrecision,
+        Normalize,
+        PILImageBW,
+        ReduceLROnPlateau,
+        Resize,
+        SaveModelCallback,
+        aug_transforms,
+        imagenet_stats,
+    )
+
+    stats = Normalize.from_stats(*imagenet_stats)
+    trackers = {"SaveModel": SaveModelCallback, "EarlyStopping": EarlyStoppingCallback, "Plateau": ReduceLROnPlateau}
+    return {
+        "augmented to a size": {"item": Resize(100), "batch": [*aug_transforms(size=(48, 64)), stats]},
+        "large, then augmented": {"item": Resize(460), "batch": [*aug_transforms(size=56), stats]},
+        "own size, augmented to a size": {"item": [], "batch": [*aug_transforms(size=(45, 60)), stats]},
+        "Mish and self-attention": {"cut": 6, "act_cls": Mish, "self_attention": True},
+        "combined loss": {"loss_func": CombinedLoss()},
+        "Dice loss": {"loss_func": DiceLoss()},
+        "to_fp16": {"cbs": MixedPrecision()},
+        **{name: {"cbs": tracker(monitor="valid_loss")} for name, tracker in trackers.items()},
+        "all three trackers": {"cbs": [tracker() for tracker in trackers.values()]},
+        "one channel": {"loss_func": BCEWithLogitsLossFlat(thresh=0.4), "n_out": 1, "codes": ["ground", "road"]},
+        "gray": {"img_cls": PILImageBW, "n_in": 1, "batch": aug_transforms(size=(48, 64))},
+    }
+
+
+def ask(handler: Handler, photo: Path, format: str, size: str) -> bytes:
+    job = handler.preprocess({"data": photo.read_bytes(), "format": format, "size": size})
+    handler.inference(job.photos)
+    response = handler.postprocess(job)
+    assert response.status == 200, response.body
+    return response.body
+
+
+@pytest.mark.parametrize("name", lessons())
+def test_every_answer_is_learn_predicts(name, data, photos, tmp_path):
+    learner = make(data, **lessons()[name])
+    handler = Handler()
+    handler.load(export_learner(learner, tmp_path / "store"))
+    seen = set()
+    for photo in photos[9::3]:
+        mask = predicted_mask(learner, photo).numpy()
+        seen |= set(np.unique(mask).tolist())
+        with Image.open(photo) as image:
+            original = handler.preprocessor.to_photo_size(mask, image.size)
+            assert original.shape == image.size[::-1]
+        for size, expected in {"model": mask, "original": original}.items():
+            answer = json.loads(ask(handler, photo, "json", size))
+            assert answer["shape"] == list(expected.shape)
+            assert base64.b64decode(answer["base64_prediction"]) == expected.tobytes()
+            png = Image.open(io.BytesIO(ask(handler, photo, "png", size)))
+            assert (png.format, png.mode) == ("PNG", "P") and np.array_equal(np.array(png), expected)
+            overlay = Image.open(io.BytesIO(ask(handler, photo, "overlay", size)))
+            assert (overlay.format, overlay.size) == ("JPEG", expected.shape[::-1])
+    assert len(seen) > 1
+
+
 def test_configuration_holds_what_serving_needs(data, tmp_path):
     from fastai.vision.all import Normalize, Resize
 
@@ -204,6 +292,8 @@ def test_configuration_holds_what_serving_needs(data, tmp_path):
     config = yaml.safe_load((tmp_path / "model-config.yaml").read_text())
     handler = config.pop("handler")
     assert set(config) == {"batchSize", "maxBatchDelay", "responseTimeout"}
+    versions = handler.pop("exported_with")
+    assert versions["torch"] == torch.__version__ and set(versions) == {"python", "torch", "fastai"}
     assert handler.pop("mean") == pytest.approx([0.4, 0.5, 0.6]) and handler.pop("std") == pytest.approx(
         [0.2, 0.3, 0.25]
     )
@@ -214,8 +304,8 @@ def test_configuration_holds_what_serving_needs(data, tmp_path):
         "options": {"blur": True},
         "resize": {"size": [48, 64], "method": "pad", "pad_mode": "reflection", "resample": "bilinear"},
         "affine": [],
-        "decode": {"activation": "softmax", "threshold": None},
-        "codes": CODES,
+        "activation": "softmax",
+        "classes": CODES,
         "runtime": "eager",
         "precision": "fp32",
     }
@@ -228,8 +318,8 @@ def test_reads_the_architecture_off_the_model_alone(data):
     expected = {"cut": 7, "act_cls": "SiLU"}
     for name in ("arch", "n_out", "normalize", "pretrained", "cut", "act_cls"):
         delattr(learner, name)
-    config = export.describe(learner)
-    assert (config["arch"], config["options"]) == ("resnet34", expected)
+    config = describe_learner(learner)
+    assert (config.arch, config.options) == ("resnet34", expected)
 
 
 # --- the command line ---
@@ -238,7 +328,7 @@ def test_reads_the_architecture_off_the_model_alone(data):
 def run_main(monkeypatch, *arguments) -> int | str | None:
     monkeypatch.setattr(sys, "argv", ["export", *map(str, arguments)])
     try:
-        export.main()
+        command_line.main()
     except SystemExit as e:
         return e.code
 
@@ -247,9 +337,9 @@ def test_command_from_file_to_mask(data, photos, tmp_path):
     learner = make(data, label=lambda path: mask_of(path))
     learner.export(tmp_path / "a learner.pkl")
     command = [sys.executable, "-m", "deployment.export", tmp_path / "a learner.pkl", "--out", tmp_path / "store"]
-    done = subprocess.run([*command, "--check", data], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([*command, "--trust", "--check", data], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "runs the code" in done.stderr and "fastunet.pth" in done.stdout
+    assert "fastunet.pth" in done.stdout and not done.stderr
     assert_same_masks(learner, tmp_path / "store", photos[::4])
 
 
@@ -294,27 +384,52 @@ def test_refuses_files_that_hold_no_unet(content, message, learner_file, data, t
         torch.save(torch.nn.Linear(2, 2), path)
     elif content == "classifier":
         not_a_unet(path, data)
-    assert run_main(monkeypatch, path, "--out", out) == 2
+    assert run_main(monkeypatch, path, "--trust", "--out", out) == 2
     *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
     assert not out.exists()
 
 
-def test_a_file_of_another_user_needs_trust(learner_file, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("os.geteuid", lambda: learner_file.stat().st_uid + 1)
-    assert run_main(monkeypatch, learner_file, "--out", tmp_path) == 2
-    assert "--trust" in capsys.readouterr().err
-    assert run_main(monkeypatch, learner_file, "--out", tmp_path, "--trust") is None
+class Trap:
+    """Pickles as a call that creates a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_file_s_code_does_not_run_without_trust(tmp_path, monkeypatch, capsys):
+    sprung = tmp_path / "sprung"
+    torch.save(Trap(sprung), tmp_path / "learner.pkl")
+    assert run_main(monkeypatch, tmp_path / "learner.pkl", "--out", tmp_path / "out") == 2
+    err = capsys.readouterr().err
+    assert "runs the code" in err and "--trust" in err and err.count("\n") == 1
+    assert not sprung.exists() and not (tmp_path / "out").exists()
+    assert run_main(monkeypatch, tmp_path / "learner.pkl", "--out", tmp_path / "out", "--trust") == 2
+    assert sprung.exists() and "is no learner" in capsys.readouterr().err
+
+
+def test_the_learner_of_this_checkout_needs_no_trust(learner_file, tmp_path, monkeypatch, capsys):
+    assert command_line.OWN_LEARNER == ROOT / "model_store" / "learner.pkl"
+    monkeypatch.setattr(command_line, "OWN_LEARNER", learner_file)
+    monkeypatch.chdir(learner_file.parent)
+    assert run_main(monkeypatch, "learner.pkl", "--out", tmp_path) is None
     assert (tmp_path / "fastunet.pth").exists()
+    copy = tmp_path / "learner.pkl"
+    copy.write_bytes(learner_file.read_bytes())
+    assert run_main(monkeypatch, copy, "--out", tmp_path) == 2
+    assert "--trust" in capsys.readouterr().err
 
 
 def test_tolerance_is_for_gpus(learner_file, tmp_path, monkeypatch, capsys):
-    assert run_main(monkeypatch, learner_file, "--out", tmp_path, "--tolerance", "1e-3") == 2
+    assert run_main(monkeypatch, learner_file, "--trust", "--out", tmp_path, "--tolerance", "1e-3") == 2
     assert "on a CPU the copy is exact" in capsys.readouterr().err
 
 
 def test_check_folder_without_photos(learner_file, tmp_path, monkeypatch, capsys):
-    assert run_main(monkeypatch, learner_file, "--out", tmp_path / "out", "--check", tmp_path) == 2
+    assert run_main(monkeypatch, learner_file, "--trust", "--out", tmp_path / "out", "--check", tmp_path) == 2
     assert "no photos" in capsys.readouterr().err
 
 
@@ -360,7 +475,7 @@ def test_labelling_and_metrics_need_no_stubs(data, photos, trainer, tmp_path):
     forget()
     with pytest.raises(ModuleNotFoundError):
         torch.load(tmp_path / "learner.pkl", weights_only=False)
-    store = export_learner(export.load(tmp_path / "learner.pkl"), tmp_path / "store")
+    store = export_learner(load_learner(tmp_path / "learner.pkl"), tmp_path / "store")
     assert_same_masks(learner, store, photos[:4])
 
 
@@ -380,7 +495,7 @@ def test_names_the_symbol_that_serving_needs(part, data, trainer, tmp_path):
     make(data, **options).export(tmp_path / "learner.pkl", pickle_module=pickle)
     forget()
     with pytest.raises(ExportError, match=rf"their_code\.{name}.*PYTHONPATH.*export_learner"):
-        export_learner(export.load(tmp_path / "learner.pkl"), tmp_path / "store")
+        export_learner(load_learner(tmp_path / "learner.pkl"), tmp_path / "store")
     assert not (tmp_path / "store").exists()
 
 
@@ -398,7 +513,7 @@ def test_a_learner_from_another_python_is_told(data, tmp_path):
     with pytest.raises(
         ExportError, match=rf"versions far from Python 3\.{sys.version_info.minor}, fastai 2.*TypeError"
     ):
-        export.load(tmp_path / "learner.pkl")
+        load_learner(tmp_path / "learner.pkl")
 
 
 # --- learners that cannot be reproduced ---
@@ -471,37 +586,41 @@ def test_refuses_by_name(name, data, tmp_path):
 # --- the proof ---
 
 
+PROVE = sys.modules["deployment.export.prove"]  # the module, which the function of its name hides
+
+
 @pytest.mark.parametrize(
-    ("stage", "message"),
+    ("owner", "stage", "message"),
     [
-        ("open_image", "as opened"),
-        ("resize", "after the item transforms"),
-        ("to_tensor", "after the batch transforms"),
-        ("load_model", r"first in layer layers\.0\.4\.0\.conv1"),
-        ("decode", "masks differ in"),
+        (Preprocessor, "open", "as opened"),
+        (Preprocessor, "resize", "after the item transforms"),
+        (Preprocessor, "to_tensor", "after the batch transforms"),
+        (PROVE, "load_network", r"first in layer layers\.0\.4\.0\.conv1"),
+        (PROVE, "decode", "masks differ in"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_one_difference_refuses_and_says_where(stage, message, data, tmp_path, monkeypatch):
+def test_one_difference_refuses_and_says_where(owner, stage, message, data, tmp_path, monkeypatch):
     learner = make(data)
-    real = getattr(export, stage)
+    real = getattr(owner, stage)
 
     def broken(*arguments, **options):
         out = real(*arguments, **options)
-        if stage == "open_image":
+        if stage == "open":
             out.putpixel((3, 4), (1, 2, 3))
         elif stage == "resize":
             out = out.transpose(Image.FLIP_LEFT_RIGHT)
         elif stage == "to_tensor":
             out[0, 5, 6] += 1e-6
-        elif stage == "load_model":
+        elif stage == "load_network":
             with torch.no_grad():
                 out.layers[0][4][0].conv1.weight += 1e-3
-        elif stage == "decode" and out.shape[-1] == 64:
+        elif stage == "decode":
             out[0, 7, 8] += 1
         return out
 
     (tmp_path / "fastunet.pth").write_bytes(b"what was there before")
-    monkeypatch.setattr(export, stage, broken)
+    monkeypatch.setattr(owner, stage, broken)
     with pytest.raises(ExportError, match=message):
         export_learner(learner, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["fastunet.pth"]

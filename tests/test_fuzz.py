@@ -19,8 +19,6 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from deployment.serve import describe
-
 PREDICT = "/predictions/fastunet"
 PHOTOS = [
     encoded(draw_photo(1, (60, 40))),
@@ -99,11 +97,7 @@ multipart = st.builds(
 bad_requests = st.one_of(raw, raw, raw, multipart)
 
 
-def workers(ports: dict[str, int]) -> set[int]:
-    return {worker["pid"] for worker in describe(ports["management_port"])["workers"]}
-
-
-def fuzz(server: str, ports: dict[str, int], predict, n: int, seed: int) -> Counter:
+def fuzz(server: str, computing, predict, n: int, seed: int) -> Counter:
     """Send `n` bad requests and a tenth as many good ones, mixed, eight at a time; returns how many got which status.
 
     Raises:
@@ -111,7 +105,7 @@ def fuzz(server: str, ports: dict[str, int], predict, n: int, seed: int) -> Coun
     """
     good = [encoded(draw_photo(400 + i)) for i in range(4)]
     expected = [base64.b64encode(predict(data).tobytes()).decode() for data in good]
-    before, statuses, at_once = workers(ports), Counter(), 20
+    before, statuses, at_once = computing(), Counter(), 20
 
     with httpx.Client(base_url=server, timeout=60) as client, ThreadPoolExecutor(8) as pool:
 
@@ -142,27 +136,27 @@ def fuzz(server: str, ports: dict[str, int], predict, n: int, seed: int) -> Coun
 
         random.seed(seed)
         hypothesis.seed(seed)(rounds)()
-    assert workers(ports) == before, "a worker restarted"
+    assert computing() == before, "a worker restarted"
     assert statuses.total() - statuses["good"] >= n and statuses["good"] >= n // 10
     return statuses
 
 
-def test_two_thousand_bad_requests(server, ports, predict):
-    statuses = fuzz(server, ports, predict, 2_000, seed=0)
+def test_two_thousand_bad_requests(server, computing, predict):
+    statuses = fuzz(server, computing, predict, 2_000, seed=0)
     assert statuses[400] > 1_000, statuses
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-def test_ten_thousand_bad_requests(server, ports, predict):
+def test_ten_thousand_bad_requests(server, computing, predict):
     start = time.monotonic()
-    statuses = fuzz(server, ports, predict, 10_000, seed=1)
+    statuses = fuzz(server, computing, predict, 10_000, seed=1)
     print(f"\n10,000 bad and 1,000 good requests in {time.monotonic() - start:.0f} s: {dict(statuses)}")
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-def test_memory_stays_within_two_percent(server, ports, predict):
+def test_memory_stays_within_two_percent(server, computing, predict):
     """15 minutes of load from 8 clients: photos of many sizes and kinds, good and bad, in all formats."""
     photos = [
         encoded(draw_photo(i, (200 + 97 * i % 900, 150 + 61 * i % 700)), f) for i in range(12) for f in ("PNG", "JPEG")
@@ -174,7 +168,7 @@ def test_memory_stays_within_two_percent(server, ports, predict):
         {"format": "overlay", "size": "original"},
         {"size": "original"},
     ]
-    before, statuses, start = workers(ports), Counter(), time.monotonic()
+    before, statuses, start = computing(), Counter(), time.monotonic()
     photo = photos[0]
     expected = base64.b64encode(predict(photo).tobytes()).decode()
 
@@ -205,5 +199,5 @@ def test_memory_stays_within_two_percent(server, ports, predict):
             f"\nworker {pid}: {early[pid] / 2**20:.1f} MiB after a minute, {late[pid] / 2**20:.1f} at the end", end=""
         )
     print(f"\n{dict(statuses)}")
-    assert set(statuses) <= {200, 400} and workers(ports) == before
+    assert set(statuses) <= {200, 400} and computing() == before
     assert max(growth.values()) <= 0.02, growth

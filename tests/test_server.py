@@ -1,4 +1,4 @@
-"""The HTTP contract, row by row, against a real TorchServe; metrics, logs, security, start and stop."""
+"""The HTTP contract, row by row, against either server; metrics, logs, security, start and stop."""
 
 import base64
 import contextlib
@@ -23,7 +23,7 @@ from PIL import Image
 from deployment.answers import palette
 from deployment.archive import find_archive
 from deployment.processes import free_ports, started
-from deployment.serve import is_ready, model_status, workers_and_threads
+from deployment.serve import is_healthy, is_ready, model_status, workers_and_threads
 
 PREDICT = "/predictions/fastunet"
 
@@ -300,13 +300,17 @@ def test_largest_answer(client):
     assert answer.status_code == 400 and "JPEG" in answer.json()["message"]
 
 
-def test_what_torchserve_answers_itself(client, photo):
-    """Pinned, because the README describes it: these requests never reach the handler."""
+def test_what_the_server_answers_itself(client, kind, photo, predict):
+    """Pinned, because the README describes it: of these requests only a photo called a form may reach the handler."""
     assert client.post(PREDICT, content=bytes(21_000_000)).status_code == 413
     assert client.post("/predictions/other", content=photo).status_code == 404
     assert client.post(f"{PREDICT}/2.0", content=photo).status_code == 404
     form = {"content-type": "application/x-www-form-urlencoded"}
-    assert client.post(PREDICT, content=photo, headers=form).status_code == 500
+    answer = client.post(PREDICT, content=photo, headers=form)
+    if kind == "torchserve":
+        assert answer.status_code == 500
+    else:
+        assert np.array_equal(mask_of(answer.json()), predict(photo))
 
 
 def test_bad_requests_do_not_harm_their_batch(client, photo, predict):
@@ -350,9 +354,9 @@ def test_metrics(client, photo, ports):
     assert count(after, "rejected_inputs", reason) == count(before, "rejected_inputs", reason) + 1
 
 
-def test_log_has_a_line_per_rejected_request_and_no_contents(client, server_folder):
+def test_log_has_a_line_per_rejected_request_and_no_contents(client, kind, server_folder):
     secret = "carol-7f3a9c"
-    log = server_folder / "torchserve.log"
+    log = server_folder / f"{kind}.log"
     start = log.stat().st_size
     rejected = [
         client.post(PREDICT, content=secret.encode()),
@@ -380,12 +384,13 @@ def listening(pid: int) -> set[str]:
     return {c.laddr.ip for c in psutil.Process(pid).net_connections("inet") if c.status == psutil.CONN_LISTEN}
 
 
-def test_addresses_are_loopback_and_models_stay(server, ports, photo):
-    java = psutil.Process(model_status(ports["management_port"])["workers"][0]["pid"]).parent()
-    assert {ip.removeprefix("::ffff:") for ip in listening(java.pid)} == {"127.0.0.1"}
-    management = f"http://127.0.0.1:{ports['management_port']}"
-    assert httpx.post(f"{management}/models", params={"url": "fastunet.mar"}).status_code == 405
-    assert httpx.delete(f"{management}/models/fastunet").status_code == 405
+def test_addresses_are_loopback_and_models_stay(server, kind, ports, computing):
+    pid = min(computing())
+    pid = psutil.Process(pid).ppid() if kind == "torchserve" else pid
+    assert {ip.removeprefix("::ffff:") for ip in listening(pid)} == {"127.0.0.1"}
+    management = f"http://127.0.0.1:{ports['management_port']}" if kind == "torchserve" else server
+    assert httpx.post(f"{management}/models", params={"url": "fastunet.mar"}).status_code in (404, 405)
+    assert httpx.delete(f"{management}/models/fastunet").status_code in (404, 405)
 
 
 # --- start, stop and faults ---
@@ -428,19 +433,20 @@ def answers(url: str) -> bool:
 def check(ports: dict[str, int], folder: Path, name: str, **environment: str) -> int:
     """The exit status of `python -m deployment.serve --check`."""
     command = [sys.executable, "-m", "deployment.serve", "--check", f"--management-port={ports['management_port']}"]
+    command.append(f"--port={ports['port']}")
     env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
     return subprocess.run([*command, f"--name={name}"], env=env, cwd=folder).returncode
 
 
-def test_check_and_a_stop_that_loses_nothing(model_store, tmp_path, photo, predict):
+def test_check_and_a_stop_that_loses_nothing(kind, model_store, tmp_path, photo, predict):
     dead = f"http://127.0.0.1:{free_ports(1)[0]}"  # a proxy for the network is none of a local server's business
-    proxies = {"http_proxy": dead, "HTTP_PROXY": dead, "no_proxy": "", "NO_PROXY": ""}
-    with foreground(model_store, tmp_path, "--name", "street", **proxies) as (process, ports):
+    settings = {"http_proxy": dead, "HTTP_PROXY": dead, "no_proxy": "", "NO_PROXY": "", "SERVER": kind}
+    with foreground(model_store, tmp_path, "--name", "street", **settings) as (process, ports):
         url, route = f"http://127.0.0.1:{ports['port']}", "/predictions/street"
-        assert check(ports, tmp_path, "street", **proxies) == 1  # Java has not even begun
-        wait_for(lambda: is_ready(ports["management_port"], name="street"))
-        assert check(ports, tmp_path, "street", **proxies) == 0
-        assert check(ports, tmp_path, "another") == 1
+        assert check(ports, tmp_path, "street", **settings) == 1  # it has not even begun
+        wait_for(lambda: serves(kind, ports, "street"))
+        assert check(ports, tmp_path, "street", **settings) == 0
+        assert kind == "uvicorn" or check(ports, tmp_path, "another") == 1
         body = {"instances": [{"b64": b64(photo)}] * 4}
         with ThreadPoolExecutor(3) as pool:
             sent = [pool.submit(httpx.post, url + route, json=body, timeout=300) for _ in range(3)]
@@ -451,7 +457,11 @@ def test_check_and_a_stop_that_loses_nothing(model_store, tmp_path, photo, predi
                 masks = [mask_of(p) for p in answer.result().json()["predictions"]]
                 assert all(np.array_equal(mask, predict(photo)) for mask in masks)
         assert process.wait(120) == 0
-        assert check(ports, tmp_path, "street") == 1
+        assert check(ports, tmp_path, "street", SERVER=kind) == 1
+
+
+def serves(kind: str, ports: dict[str, int], name: str = "fastunet") -> bool:
+    return is_ready(ports["management_port"], name=name) if kind == "torchserve" else is_healthy(ports["port"])
 
 
 @pytest.mark.parametrize("seconds", [0, 2], ids=["at a worker's birth", "while it imports torch"])
@@ -470,11 +480,12 @@ def test_nothing_outlives_a_killed_parent(model_store, tmp_path, seconds):
         assert not alive
 
 
-def test_on_ai_platform_the_port_opens_when_a_worker_is_ready(model_store, tmp_path, photo, predict):
-    with foreground(model_store, tmp_path, "--host=127.0.0.1", AIP_HTTP_PORT="1") as (process, ports):
+def test_on_ai_platform_the_port_opens_when_an_answer_can_be_given(kind, model_store, tmp_path, photo, predict):
+    settings = {"AIP_HTTP_PORT": "1", "SERVER": kind}
+    with foreground(model_store, tmp_path, "--host=127.0.0.1", **settings) as (process, ports):
         url = f"http://127.0.0.1:{ports['port']}"
         wait_for(lambda: answers(f"{url}/ping"))
-        assert is_ready(ports["management_port"])
+        assert serves(kind, ports)
         body = {"instances": [{"b64": b64(photo)}] * 8}
         with ThreadPoolExecutor(1) as pool:
             sent = pool.submit(httpx.post, url + PREDICT, json=body, timeout=60)
@@ -483,6 +494,22 @@ def test_on_ai_platform_the_port_opens_when_a_worker_is_ready(model_store, tmp_p
             masks = [mask_of(p) for p in sent.result().json()["predictions"]]
         assert len(masks) == 8 and all(np.array_equal(mask, predict(photo)) for mask in masks)
         assert process.wait(60) == 0
+
+
+def test_tokens_of_uvicorn(model_store, tmp_path, photo):
+    with foreground(model_store, tmp_path, "--auth", SERVER="uvicorn") as (process, ports):
+        url = f"http://127.0.0.1:{ports['port']}"
+        wait_for(lambda: answers(f"{url}/ping"))
+        assert not psutil.Process(process.pid).children()  # nothing that could outlive it
+        key_file = tmp_path / "key_file.json"
+        assert key_file.stat().st_mode & 0o777 == 0o600
+        key = json.loads(key_file.read_text())["inference"]["key"]
+        for headers in ({}, {"Authorization": "Bearer no"}, {"Authorization": key}):
+            answer = httpx.post(url + PREDICT, content=photo, headers=headers)
+            assert answer.status_code == 401 and set(answer.json()) == {"code", "type", "message"}
+        good = {"Authorization": f"Bearer {key}"}
+        assert httpx.post(url + PREDICT, content=photo, headers=good, timeout=60).status_code == 200
+        assert key not in (tmp_path / "server.log").read_text()
 
 
 def test_tokens_local_models_only_and_no_worker_outlives_java(model_store, tmp_path, photo):
@@ -544,6 +571,7 @@ def test_says_in_one_line_why_it_cannot_start(tmp_path):
         (tmp_path / f"{name}.mar").touch()
     assert "there are field.mar, street.mar: choose with --name" in serve_error(tmp_path)
     assert "finds no GPU it can use" in serve_error(tmp_path, "--name=street", "--require-gpu", CUDA_VISIBLE_DEVICES="")
+    assert "is not a zip file" in serve_error(tmp_path, "--name=street", "--server=uvicorn")
     assert "must not be negative" in serve_error(tmp_path, "--name=street", TS_DEFAULT_WORKERS_PER_MODEL="-1")
 
 
@@ -580,7 +608,10 @@ def test_a_guard_that_cannot_start_leaves_no_server_behind(monkeypatch):
 def test_tokens_go_where_the_user_may_write(model_store, tmp_path):
     """As in the image, where the working directory is not the user's."""
     (tmp_path / "read only").mkdir(mode=0o555)
-    script = "import os, sys; os.access = lambda *_: False; from deployment.serve import main; main()"
+    script = (
+        "import os; access = os.access; os.access = lambda path, mode: path != '.' and access(path, mode); "
+        "from deployment.serve import main; main()"
+    )
     command = [sys.executable, "-c", script, "--model-store", str(model_store), "--auth"]
     command += [f"--{name}-port={port}" for name, port in zip(("management", "metrics"), free_ports(2), strict=True)]
     env = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)} | ONE_WORKER
@@ -598,6 +629,7 @@ def test_tokens_go_where_the_user_may_write(model_store, tmp_path):
         process.communicate(timeout=60)
 
 
+@pytest.mark.parametrize("kind", ["torchserve"], indirect=True)
 def test_a_killed_worker_costs_only_its_own_requests(server, ports, photo, predict):
     expected = predict(photo)
     workers = {worker["pid"] for worker in model_status(ports["management_port"])["workers"]}

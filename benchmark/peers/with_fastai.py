@@ -9,10 +9,10 @@ from fastai.vision.all import PILImage
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 
-from deployment.export import load
+from deployment.export import load_learner
 
 app = FastAPI()
-learn = load(f"{sys.argv[1]}/learner.pkl")
+learn = load_learner(f"{sys.argv[1]}/learner.pkl")
 model = threading.Lock()  # a learner keeps state while it predicts
 
 

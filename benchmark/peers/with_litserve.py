@@ -1,4 +1,4 @@
-"""LitServe: one worker, batches by LitServe, photos read in the worker as its API provides."""
+"""LitServe: WORKERS processes, batches by LitServe, photos read in the worker as its API provides."""
 
 import sys
 from typing import Annotated
@@ -16,21 +16,22 @@ class Segment(litserve.LitAPI):
     def decode_request(self, request: Annotated[bytes, Body(media_type="application/octet-stream")]):
         return peers.read(self.handler, request)
 
-    def batch(self, photos: list) -> list:
-        return photos
+    def batch(self, jobs: list) -> list:
+        return jobs
 
-    def predict(self, photos: list) -> list:
-        self.handler.inference(photos)
-        return photos
+    def predict(self, jobs: list) -> list:
+        peers.infer(self.handler, jobs)
+        return jobs
 
-    def unbatch(self, photos: list) -> list:
-        return photos
+    def unbatch(self, jobs: list) -> list:
+        return jobs
 
-    def encode_response(self, photo) -> Response:
-        return Response(peers.answer(self.handler, photo), media_type="application/json")
+    def encode_response(self, job) -> Response:
+        answer = self.handler.postprocess(job)
+        return Response(answer.body, answer.status, media_type=answer.content_type)
 
 
 if __name__ == "__main__":
     api = Segment(max_batch_size=peers.BATCH_SIZE, batch_timeout=peers.DELAY, api_path="/predict")
-    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=1, timeout=120)
+    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=peers.WORKERS, timeout=120)
     server.run(host="127.0.0.1", port=int(sys.argv[2]), generate_client_file=False, log_level="warning")

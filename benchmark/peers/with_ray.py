@@ -1,4 +1,4 @@
-"""Ray Serve: one replica, batches by Ray Serve."""
+"""Ray Serve: WORKERS replicas, batches by Ray Serve."""
 
 import os
 import signal
@@ -11,21 +11,23 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from benchmark import peers
+from deployment import protocol
 
 
-@serve.deployment(num_replicas=1, max_ongoing_requests=64)
+@serve.deployment(num_replicas=peers.WORKERS, max_ongoing_requests=64)
 class Segment:
     def __init__(self, model_dir: str) -> None:
         self.handler = peers.load(model_dir)
 
     @serve.batch(max_batch_size=peers.BATCH_SIZE, batch_wait_timeout_s=peers.DELAY)
-    async def segment(self, bodies: list[bytes]) -> list[bytes]:
-        photos = [peers.read(self.handler, body) for body in bodies]
-        self.handler.inference(photos)
-        return [peers.answer(self.handler, photo) for photo in photos]
+    async def segment(self, bodies: list[bytes]) -> list[protocol.Response]:
+        jobs = [peers.read(self.handler, body) for body in bodies]
+        peers.infer(self.handler, jobs)
+        return [self.handler.postprocess(job) for job in jobs]
 
     async def __call__(self, request: Request) -> Response:
-        return Response(await self.segment(await request.body()), media_type="application/json")
+        answer = await self.segment(await request.body())
+        return Response(answer.body, answer.status, media_type=answer.content_type)
 
 
 if __name__ == "__main__":

@@ -1,58 +1,28 @@
 """Open a learner that fastai exported, also where the functions of its trainer are missing."""
 
-import pickle
 import sys
-import types
 import warnings
 from pathlib import Path
 
 import torch
+
+from .unpickle import Found, Missing, lenient_pickle
 
 
 class ExportError(Exception):
     """The learner cannot be exported; the message says why, in one line."""
 
 
-class MissingType(type):
-    """Gives a stand-in the attributes, such as class methods, that a pickle asks it for."""
-
-    def __getattr__(cls, name: str):
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return stand_in(f"{cls.symbol}.{name}")
-
-
-class Missing(metaclass=MissingType):
-    """Stands for a class or function that a learner's pickle names and that cannot be imported here."""
-
-    symbol = ""
-
-    def __new__(cls, *args, **kwargs):
-        return object.__new__(cls)
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __setstate__(self, state):
-        pass
-
-
-def stand_in(symbol: str) -> type:
-    """A new `Missing` for `symbol`."""
-    return type(symbol.rpartition(".")[2], (Missing,), {"symbol": symbol})
-
-
 def load_learner(path: Path | str, *, device: str = "cpu"):
-    """The learner that `learn.export()` wrote to `path`, also where the functions of its trainer are missing.
+    """The learner that `learn.export()` wrote to `path`, also under another Python and without its trainer's functions.
 
-    Labelling functions, metrics and the like play no part in serving: where one cannot be imported, an inert stand-in
-    takes its place. `describe_learner` refuses a learner in which a stand-in would matter. Loading runs the code that
-    is pickled in the file: load only files you trust.
+    Labelling functions, metrics and the like play no part in serving: where one cannot be had, an inert stand-in takes
+    its place. `describe_learner` refuses a learner in which a stand-in would matter. Loading runs the code that is
+    pickled in the file: load only files you trust.
 
     Raises:
         ExportError: the file is missing or holds no learner.
     """
-    import fastai
     from fastai import learner as fastai_learner
 
     path = Path(path)
@@ -64,39 +34,42 @@ def load_learner(path: Path | str, *, device: str = "cpu"):
         pass
     else:
         raise ExportError(f"{path} holds weights only, as learn.save() writes them: give the file of learn.export()")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # fastai's warning that a pickle runs code; the command line has said so
-            learner = fastai_learner.load_learner(path, cpu=device == "cpu", pickle_module=lenient_pickle())
-        if not isinstance(learner, fastai_learner.Learner):
-            raise TypeError(f"it holds a {type(learner).__name__}")
-    except Exception as e:  # a broken pickle can raise anything
-        reason = " ".join(f"{type(e).__name__}: {e}".split())
-        versions = f"Python {sys.version_info.major}.{sys.version_info.minor}, fastai {fastai.__version__}"
-        raise ExportError(
-            f"{path} is no learner that can be loaded: it is something else, cut short, or from versions far from "
-            f"{versions} ({reason})"
-        ) from e
+
+    def load(own_code: bool):
+        found = Found()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # fastai's, that a pickle runs code; the command line has said so
+                pickle_module = lenient_pickle(found, own_code)
+                learner = fastai_learner.load_learner(path, cpu=device == "cpu", pickle_module=pickle_module)
+            if not isinstance(learner, fastai_learner.Learner):
+                raise TypeError(f"it holds a {type(learner).__name__}")
+        except Exception as e:  # a broken pickle can raise anything
+            raise ExportError(f"{path} {why_not(e, found)}") from e
+        return learner, found
+
+    learner, found = load(own_code=False)
+    if (
+        found.missing and found.same_bytecode()
+    ):  # the trainer's functions were pickled with their code, and it runs here
+        learner, _ = load(own_code=True)
     return learner
 
 
-def lenient_pickle() -> types.SimpleNamespace:
-    """A stand-in for the module `pickle` that unpickles what cannot be imported as `Missing`."""
+def why_not(error: Exception, found: Found) -> str:
+    """Why a file that raised `error` when it was loaded is no learner, and what to do, in one line."""
+    import fastai
 
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module: str, name: str):
-            try:
-                if not module == __name__ == "__main__":  # the trainer's __main__ was another program
-                    return super().find_class(module, name)
-            except (ImportError, AttributeError):
-                if module.startswith("fastcore."):  # of a learner older than fastai 2.8: load_learner says what to do
-                    raise
-            return stand_in(f"{module}.{name}")
-
-    def load(file, **options):
-        return Unpickler(file, **options).load()
-
-    return types.SimpleNamespace(__name__="pickle", Unpickler=Unpickler, load=load)
+    here = f"Python {sys.version_info.major}.{sys.version_info.minor}, fastai {fastai.__version__}"
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    if "fastcore.transform" in reason or "fastcore.dispatch" in reason:
+        return (
+            "is from a fastai older than 2.8, which this one cannot open: where `pip install 'fastai<2.8'` is, call "
+            "load_learner(FILE).save('weights'); here, make the same learner, learn.load('weights'), learn.export()"
+        )
+    if found.python and found.python != f"{sys.version_info.major}.{sys.version_info.minor}":
+        return f"was pickled under Python {found.python} and cannot be loaded by {here}: use that Python ({reason})"
+    return f"is no learner that can be loaded: something else, cut short, or from versions far from {here} ({reason})"
 
 
 def require(thing, what: str) -> None:
@@ -105,7 +78,9 @@ def require(thing, what: str) -> None:
     if issubclass(kind, Missing):
         module = kind.symbol.rpartition(".")[0]
         how = "call deployment.export.export_learner(learn, 'model_store') in the program that trained it"
-        if module != "__main__":
+        if kind.python:
+            how = f"export with Python {kind.python}, which pickled its code, or {how}"
+        elif module != "__main__":
             how = f"make the module {module} importable (PYTHONPATH), or {how}"
         raise ExportError(f"{what} needs {kind.symbol}, which cannot be imported here: {how}")
 

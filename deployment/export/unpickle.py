@@ -1,0 +1,160 @@
+"""Unpickle what another program, and another Python, pickled: what is missing here is replaced by inert stand-ins."""
+
+import dataclasses
+import functools
+import importlib
+import pickle
+import re
+import types
+import typing
+from pathlib import Path
+
+
+@dataclasses.dataclass
+class Found:
+    """What a pickle holds of functions whose code cloudpickle wrote into it."""
+
+    installed: list = dataclasses.field(default_factory=list)  # (pickled bytecode, the installed module's function)
+    missing: bool = False  # there are others
+    python: str = ""  # the version that pickled them, by their files' names
+
+    def same_bytecode(self) -> bool:
+        """Whether the Python that pickled them has this one's bytecode: the longest function tells."""
+        code, function = max(self.installed, key=lambda pair: len(pair[0]), default=(None, None))
+        return function is not None and code == function.__code__.co_code
+
+
+class MissingType(type):
+    """Gives a stand-in the attributes, such as class methods, that a pickle asks it for."""
+
+    def __getattr__(cls, name: str):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return stand_in(f"{cls.symbol}.{name}")
+
+
+class Missing(metaclass=MissingType):
+    """Stands for a class or function that a learner's pickle names and that cannot be imported here."""
+
+    symbol = ""
+    python = ""  # the version that its code was pickled under
+
+    def __new__(cls, *args, **kwargs):
+        return object.__new__(cls)
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+def stand_in(symbol: str, found: Found | None = None) -> type:
+    """A new `Missing` for `symbol`, whose code `found` holds, if given."""
+    return type(symbol.rpartition(".")[2], (Missing,), {"symbol": symbol, "python": found.python if found else ""})
+
+
+def lenient_pickle(found: Found, own_code: bool) -> types.SimpleNamespace:
+    """A stand-in for the module `pickle` that unpickles what cannot be imported as `Missing`.
+
+    Functions that were pickled with their code are taken from the installed module that they are from. Their bytecode
+    is used only with `own_code`: that of another Python can crash this one.
+    """
+
+    class Code(tuple):
+        """The arguments of a code object."""
+
+        def __new__(cls, *args):
+            return super().__new__(cls, args)
+
+    def make_function(code, scope, *_):
+        module, (filename, name, qualname) = scope.get("__name__", "__main__"), code[10:13]
+        if version := re.search(r"[Pp]ython(3)\.?(\d+)", filename):
+            found.python = ".".join(version.groups())
+        function = installed(module, name, qualname if isinstance(qualname, str) else None, code[9][: code[0]])
+        if function:
+            found.installed.append((code[6], function))
+            return function
+        found.missing = True
+        return stand_in(f"{module}.{name}", found)
+
+    def make_class(kind, name, bases, options, *_):
+        found.missing = True
+        return stand_in(f"{options.get('__module__', '__main__')}.{name}", found)
+
+    def make_enum(bases, name, members, qualname, module, *_):
+        found.missing = True
+        return stand_in(f"{module}.{name}", found)
+
+    def builtin_type(name: str):
+        if name == "CodeType" and not own_code:
+            return Code
+        return typing.Union if name == "UnionType" else getattr(types, name)  # one and the same from Python 3.14 on
+
+    def import_module(name: str):
+        try:
+            return importlib.import_module(name)
+        except ImportError:
+            return stand_in(name)
+
+    def attribute(thing, name: str):
+        try:
+            return getattr(thing, name)
+        except AttributeError:  # such as a function's __annotate__, which Python 3.14 has
+            return stand_in(f"{getattr(thing, '__qualname__', thing)}.{name}")
+
+    def nothing(thing, state):
+        return thing
+
+    cloudpickled = {"_builtin_type": builtin_type, "subimport": import_module}
+    if not own_code:
+        cloudpickled |= {
+            "_make_function": make_function,
+            "_make_skeleton_class": make_class,
+            "_make_skeleton_enum": make_enum,
+            "_function_setstate": nothing,
+            "_class_setstate": nothing,
+        }
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str):
+            if module.partition(".")[0] == "cloudpickle" and name in cloudpickled:
+                return cloudpickled[name]
+            if module in ("builtins", "__builtin__") and name == "getattr":
+                return attribute
+            if module.partition(".")[0] == "pathlib" and name in ("PosixPath", "WindowsPath"):
+                return Path  # Python 3.13 alone has them in pathlib._local, and neither system has the other's
+            try:
+                if not module == __name__ == "__main__":  # the trainer's __main__ was another program
+                    return super().find_class(module, name)
+            except (ImportError, AttributeError):
+                if module.startswith("fastcore."):  # of a learner older than fastai 2.8: why_not says what to do
+                    raise
+            return stand_in(f"{module}.{name}")
+
+    def load(file, **options):
+        return Unpickler(file, **options).load()
+
+    return types.SimpleNamespace(__name__="pickle", Unpickler=Unpickler, load=load)
+
+
+def installed(module: str, name: str, qualname: str | None, arguments: tuple) -> types.FunctionType | None:
+    """The function of an importable module, other than `__main__`, that has this name and takes these arguments.
+
+    Python 3.10 pickles no `qualname`: then `name` is looked for in the module and its classes.
+    """
+    if module == "__main__":
+        return None
+    try:
+        scope = importlib.import_module(module)
+    except ImportError:
+        return None
+    names = [qualname] if qualname else [name, *(f"{n}.{name}" for n, v in vars(scope).items() if isinstance(v, type))]
+    functions = set()
+    for path in names:
+        function = functools.reduce(lambda thing, part: getattr(thing, part, None), path.split("."), scope)
+        function = getattr(function, "__func__", function)  # of a class method
+        code = getattr(function, "__code__", None)
+        if isinstance(function, types.FunctionType) and code.co_varnames[: code.co_argcount] == arguments:
+            functions.add(function)
+    return functions.pop() if len(functions) == 1 else None

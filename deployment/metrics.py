@@ -1,0 +1,33 @@
+"""What `app` counts for Prometheus, under the names and labels that TorchServe gives it."""
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from .protocol import Rejected
+
+LABELS = ("ModelName", "Level")
+STEPS = {
+    step: Histogram(f"{step}_seconds", "Of a request, in this step", LABELS)
+    for step in ("preprocess", "inference", "postprocess")
+}
+REQUESTS = Counter("ts_inference_requests_total", "Requests for predictions that were let in", LABELS)
+BATCH_REQUESTS = Histogram("batch_requests", "Requests that are computed as one: always 1 here", LABELS)
+BATCH_PHOTOS = Histogram("batch_photos", "Photos in a request", LABELS)
+# A gauge, because a counter would be called rejected_inputs_total.
+REJECTED = Gauge("rejected_inputs", "Requests, or photos of a request, that got an error", ("Reason", *LABELS))
+
+
+def count_request(model: str) -> None:
+    REQUESTS.labels(model, "Model").inc()
+
+
+def observe_answer(model: str, times: list[float], photos: int) -> None:
+    """A request that went through the three steps: `times` has the seconds at which each began and the last ended."""
+    for step, begin, end in zip(STEPS.values(), times, times[1:], strict=False):
+        step.labels(model, "Model").observe(end - begin)
+    BATCH_REQUESTS.labels(model, "Model").observe(1)
+    BATCH_PHOTOS.labels(model, "Model").observe(photos)
+
+
+def count_errors(model: str, errors: list[Rejected]) -> None:
+    for error in errors:
+        REJECTED.labels(error.type, model, "Model").inc()

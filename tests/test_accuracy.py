@@ -1,0 +1,44 @@
+"""How good masks are: agreement, accuracy and IoU, by hand-made masks."""
+
+import pytest
+import torch
+from conftest import SMALL
+from PIL import Image
+
+from deployment.export import ExportError
+from deployment.export.accuracy import compare_masks, mask_scores, read_label
+from deployment.photos import Preprocessor
+
+
+def test_scores_leave_out_void_by_its_name():
+    label = torch.tensor([[[0, 0, 1, 1], [1, 1, 3, 3]]], dtype=torch.uint8)
+    mask = torch.tensor([[[0, 1, 1, 1], [1, 2, 0, 3]]], dtype=torch.uint8)
+    scores = mask_scores([mask], [label], SMALL.classes)
+    assert scores["pixel_accuracy"] == pytest.approx(4 / 6)
+    assert scores["mean_iou"] == pytest.approx((1 / 2 + 3 / 5) / 2)
+    assert mask_scores([mask], [label], ["a", "b", "c", "d"])["pixel_accuracy"] == pytest.approx(5 / 8)
+
+
+def test_without_labels_agreement_alone_is_reported():
+    a, b = torch.zeros(1, 4, 4, dtype=torch.uint8), torch.zeros(1, 4, 4, dtype=torch.uint8)
+    b[0, 0, 0] = 1
+    assert compare_masks([a, a], [a, b], None, SMALL.classes) == {"photos": 2, "mask_agreement": 31 / 32}
+
+
+def test_the_drop_is_the_larger_of_both():
+    label = torch.tensor([[[0, 0, 0, 0, 0, 0, 0, 0, 0, 1]]], dtype=torch.uint8)
+    converted = torch.zeros_like(label)
+    report = compare_masks([label], [converted], [label], ["a", "b"])
+    assert report["pixel_accuracy"] == {"original": 1, "converted": 0.9}
+    assert report["mean_iou"] == {"original": 1, "converted": 0.45}
+    assert (report["mask_agreement"], report["drop"]) == (0.9, 55)
+
+
+@pytest.mark.parametrize(("value", "message"), [(7, "class 7, but the model knows 4 classes"), (None, "no label")])
+def test_a_label_that_cannot_be_used_is_named(value, message, tmp_path):
+    (tmp_path / "labels").mkdir()
+    if value is not None:
+        Image.new("L", (64, 64), value).save(tmp_path / "labels" / "a_P.png")
+    with pytest.raises(ExportError, match=message) as error:
+        read_label(tmp_path / "images" / "a.png", Preprocessor(SMALL))
+    assert "a_P.png" in str(error.value)

@@ -1,0 +1,149 @@
+"""The archive: what is in it, the command that makes it, and what is told when it cannot be made."""
+
+import dataclasses
+import shlex
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SMALL
+
+from deployment import archive
+from deployment.archive import ArchiveError, find_archive, make_archive
+from deployment.export import write_config
+
+CODE = {"handler.py", "model.py", "answers.py", "config.py", "photos.py", "protocol.py", "runtime.py"}
+CONTENT = CODE | {"fastunet.pth", "model-config.yaml", "MAR-INF/MANIFEST.json"}
+
+
+@pytest.fixture
+def store(tmp_path) -> Path:
+    """A folder as the export leaves it, but for the weights, which no test here loads."""
+    folder = tmp_path / "a store"
+    folder.mkdir()
+    (folder / "fastunet.pth").write_bytes(b"weights")
+    write_config(SMALL, folder)
+    return folder
+
+
+def content(path: Path) -> set[str]:
+    with zipfile.ZipFile(path) as file:
+        return set(file.namelist())
+
+
+def run_main(monkeypatch, *arguments) -> int | str | None:
+    monkeypatch.setattr(sys, "argv", ["archive", *map(str, arguments)])
+    try:
+        archive.main()
+    except SystemExit as e:
+        return e.code
+
+
+def test_holds_the_modules_that_the_handler_imports_and_the_model(model_store):
+    made = model_store / "fastunet.mar"
+    assert content(made) == CONTENT
+    with zipfile.ZipFile(made) as file:
+        for name in CODE:
+            assert file.read(name) == (ROOT / "deployment" / name).read_bytes()
+        for name in ("fastunet.pth", "model-config.yaml"):
+            assert file.read(name) == (model_store / name).read_bytes()
+
+
+def test_holds_openvino_s_model_and_no_weights_where_that_serves(store):
+    (store / "fastunet.xml").write_text("a model")
+    (store / "fastunet.bin").write_text("its weights")
+    write_config(dataclasses.replace(SMALL, runtime="openvino"), store)
+    assert content(make_archive(store)) == CONTENT - {"fastunet.pth"} | {"fastunet.bin", "fastunet.xml"}
+
+
+def test_prints_a_command_that_makes_the_same_archive(store):
+    """From the command line, in another working directory than the archive's; then the printed command by hand."""
+    command = [sys.executable, "-m", "deployment.archive", store, "--name", "street", "--version", "2.5"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    printed, last = done.stdout.rsplit("\n", 2)[:2]
+    made = store / "street.mar"
+    assert last.startswith(f"wrote {made}")
+    assert sorted(p.name for p in store.iterdir()) == ["fastunet.pth", "model-config.yaml", "street.mar"]
+    words = shlex.split(printed)
+    assert words[0] == "torch-model-archiver" and words[words.index("--model-name") + 1] == "street"
+    assert words[words.index("--version") + 1] == "2.5"
+    assert "deployment/handler.py" in words  # short, as one would type it
+    before = content(made)
+    made.unlink()
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    by_hand = subprocess.run(printed, shell=True, cwd=ROOT, env={"PATH": path}, capture_output=True, text=True)
+    assert by_hand.returncode == 0, by_hand.stderr
+    assert content(made) == before == CONTENT
+
+
+@pytest.mark.parametrize("missing", ["fastunet.pth", "model-config.yaml", "the folder"])
+def test_a_missing_file_is_one_line_and_status_2(missing, store, monkeypatch, capsys):
+    folder = store if missing != "the folder" else store / "elsewhere"
+    if missing != "the folder":
+        (store / missing).unlink()
+    assert run_main(monkeypatch, folder) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert ("elsewhere" if missing == "the folder" else missing) in err and "export" in err
+    assert not list(store.rglob("*.mar"))
+
+
+@pytest.mark.parametrize("settings", ["handler: {arch: [", "handler: {arch: a}", "handler: {codes: []}"])
+def test_a_broken_configuration_is_one_line_and_status_2(settings, store, monkeypatch, capsys):
+    (store / "model-config.yaml").write_text(settings)
+    assert run_main(monkeypatch, store) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and "model-config.yaml" in err
+
+
+def test_a_runtime_that_there_is_not_is_one_line_and_status_2(store, monkeypatch, capsys):
+    write_config(dataclasses.replace(SMALL, runtime="compile"), store)
+    assert run_main(monkeypatch, store) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and "compile" in err
+
+
+def test_a_failed_run_leaves_the_archive_that_was_there(store, monkeypatch, capsys):
+    (store / "fastunet.mar").write_text("the one before")
+    monkeypatch.setattr(archive, "MODULES", (*archive.MODULES, "gone.py"))
+    assert run_main(monkeypatch, store) == 2
+    assert "gone.py" in capsys.readouterr().err
+    assert (store / "fastunet.mar").read_text() == "the one before"
+    assert sorted(p.name for p in store.iterdir()) == ["fastunet.mar", "fastunet.pth", "model-config.yaml"]
+
+
+def test_without_the_archiver_it_says_what_to_install(store, monkeypatch):
+    monkeypatch.setattr(archive.shutil, "which", lambda *_, **__: None)
+    with pytest.raises(ArchiveError, match="pip install torch-model-archiver"):
+        make_archive(store)
+
+
+# --- finding an archive to serve ---
+
+
+@pytest.mark.parametrize(
+    ("archives", "name", "found"),
+    [
+        (["fastunet"], None, ("fastunet", "fastunet")),
+        (["street"], None, ("street", "street")),
+        (["street"], "road", ("street", "road")),
+        (["fastunet", "street"], None, ("fastunet", "fastunet")),
+        (["fastunet", "street"], "street", ("street", "street")),
+    ],
+)
+def test_finds_the_archive_to_serve(archives, name, found, tmp_path):
+    for stem in archives:
+        (tmp_path / f"{stem}.mar").touch()
+    path, wanted = find_archive(tmp_path, name)
+    assert (path.name, wanted) == (f"{found[0]}.mar", found[1])
+
+
+@pytest.mark.parametrize(("archives", "message"), [([], "make demo"), (["a", "b"], r"there are a\.mar, b\.mar")])
+def test_says_which_archives_there_are(archives, message, tmp_path):
+    for stem in archives:
+        (tmp_path / f"{stem}.mar").touch()
+    with pytest.raises(FileNotFoundError, match=message):
+        find_archive(tmp_path)

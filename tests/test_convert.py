@@ -1,0 +1,174 @@
+"""Conversion for OpenVINO: same masks, refusal where accuracy is lost, clear words where something lacks."""
+
+import dataclasses
+import shutil
+import sys
+
+import pytest
+import torch
+import yaml
+from conftest import SMALL, agreement, convert_copy, photo_batch
+
+from deployment import openvino_runtime, runtime
+from deployment.config import read_config
+from deployment.export import ExportError, write_config
+from deployment.export.convert import MIN_AGREEMENT, calibration_photos, convert, convolutions, quantized
+from deployment.openvino_runtime import has_bf16
+from deployment.photos import Preprocessor
+from deployment.runtime import RuntimeUnavailable
+
+CONVERT = sys.modules["deployment.export.convert"]  # the module, which the function of its name hides
+
+
+def test_writes_two_files_and_says_so_in_the_configuration(converted, tmp_path):
+    config, folder = converted
+    assert {"fastunet.bin", "fastunet.pth", "fastunet.xml"} == {path.name for path in folder.iterdir()} - {
+        "model-config.yaml"
+    }
+    assert (config.runtime, config.precision) == ("openvino", "fp32")
+    assert config.accuracy["mask_agreement"] >= MIN_AGREEMENT["fp32"]
+    write_config(config, tmp_path)
+    assert read_config(tmp_path) == config
+    assert yaml.safe_load((tmp_path / "model-config.yaml").read_text())["handler"]["accuracy"] == config.accuracy
+
+
+def test_takes_photos_of_any_size_where_nothing_resizes_them(small_store, small_masks, tmp_path):
+    shutil.copy(small_store / "fastunet.pth", tmp_path)
+    config = convert(dataclasses.replace(SMALL, resize=None), tmp_path)
+    predict = runtime.load(config, tmp_path)
+    for height, width in ((64, 64), (75, 101), (96, 130)):
+        x = photo_batch(2, height, width)
+        assert agreement(predict(x), small_masks(x)) >= MIN_AGREEMENT["fp32"]
+
+
+def test_int8_reports_accuracy_and_agreement(small_masks, camvid_folder, int8):
+    config, folder = int8
+    report = config.accuracy
+    assert report["photos"] == 3 and report["pixel_accuracy"]["original"] == 1
+    # the original is right everywhere here, so that accuracy and agreement are the same thing, void aside
+    assert 0.3 < report["pixel_accuracy"]["converted"] < 1
+    assert report["drop"] >= 100 * (1 - report["pixel_accuracy"]["converted"]) - 0.01
+    assert (folder / "fastunet.bin").stat().st_size < 0.3 * (folder / "fastunet.pth").stat().st_size
+    predict = runtime.load(config, folder)
+    x = torch.stack([Preprocessor(SMALL)((camvid_folder / "images" / f"{i}.png").read_bytes()) for i in range(3)])
+    assert agreement(predict(x), small_masks(x)) == pytest.approx(report["mask_agreement"], abs=1e-6)
+
+
+def test_refuses_int8_that_loses_accuracy_and_keeps_what_was_there(
+    small_store, camvid_folder, int8, tmp_path, monkeypatch
+):
+    lossy = int8[1] / "fastunet.xml"  # all that the tries have to offer this time, to spare the time of three
+    monkeypatch.setattr(CONVERT, "quantized", lambda *_: iter([lossy, lossy]))
+    (tmp_path / "fastunet.bin").write_text("the one before")
+    with pytest.raises(ExportError, match="points, more than --max-drop 0.001"):
+        convert_copy(small_store, tmp_path, "int8", camvid_folder, max_drop=0.001)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fastunet.bin", "fastunet.pth"]
+    assert (tmp_path / "fastunet.bin").read_text() == "the one before"
+
+
+def test_int8_keeps_the_first_convolution_in_float_and_then_the_last_ones(camvid_folder, converted):
+    import openvino
+
+    base = openvino.Core().read_model(converted[1] / "fastunet.xml")
+    train, _ = calibration_photos(camvid_folder)
+    samples = [Preprocessor(SMALL)(path.read_bytes())[None].numpy() for path in train]
+    tries = quantized(base, samples, [], [], [], SMALL, 0.5)
+    for in_float in ({0}, {0, -3, -2, -1}):
+        names = [op.get_friendly_name() for op in next(tries).get_ops()]
+        int8 = [any(op.startswith(f"{name}/") and "fq_weights" in op for op in names) for name in convolutions(base)]
+        assert int8 == [i not in {n % len(int8) for n in in_float} for i in range(len(int8))]
+
+
+def test_int8_without_labels_must_agree(small_store, camvid_folder, int8, tmp_path, monkeypatch):
+    unlabeled = tmp_path / "photos"
+    shutil.copytree(camvid_folder / "images", unlabeled)
+    monkeypatch.setattr(CONVERT, "quantized", lambda *_: iter([int8[1] / "fastunet.xml"]))
+    (tmp_path / "store").mkdir()
+    monkeypatch.setitem(MIN_AGREEMENT, "int8", 1.0)
+    with pytest.raises(ExportError, match="% of the pixels are as PyTorch has them"):
+        convert_copy(small_store, tmp_path / "store", "int8", unlabeled)
+    assert [path.name for path in (tmp_path / "store").iterdir()] == ["fastunet.pth"]
+    monkeypatch.setitem(MIN_AGREEMENT, "int8", 0.1)
+    config, _ = convert_copy(small_store, tmp_path / "store", "int8", unlabeled)
+    assert "drop" not in config.accuracy
+
+
+def test_bf16_needs_no_calibration(small_store, small_masks, tmp_path, capsys, caplog):
+    config, folder = convert_copy(small_store, tmp_path, "bf16")
+    said = "no bf16" in capsys.readouterr().out
+    predict = runtime.load(config, folder)
+    assert said == ("no bf16" in caplog.text) == (not has_bf16())
+    assert agreement(predict(photo_batch(3)), small_masks(photo_batch(3))) >= MIN_AGREEMENT["bf16"]
+
+
+def test_without_bf16_the_model_is_measured_and_served_in_fp32(
+    small_store, small_masks, tmp_path, monkeypatch, capsys, caplog
+):
+    monkeypatch.setattr(openvino_runtime, "has_bf16", lambda: False)
+    monkeypatch.setattr(CONVERT, "has_bf16", lambda: False)
+    config, folder = convert_copy(small_store, tmp_path, "bf16")
+    assert "no bf16" in capsys.readouterr().out
+    predict = runtime.load(config, folder)
+    assert len([record for record in caplog.records if "no bf16" in record.getMessage()]) >= 1
+    assert agreement(predict(photo_batch(3)), small_masks(photo_batch(3))) >= MIN_AGREEMENT["fp32"]
+
+
+@pytest.mark.parametrize(
+    ("calibrate", "message"),
+    [
+        (None, "--calibrate"),
+        ("empty", "no photos"),
+        ("unlabeled", "no label"),
+        ("all to measure", "some to calibrate with and some to measure with"),
+        ("none to measure", "some to calibrate with and some to measure with"),
+    ],
+)
+def test_says_what_is_wrong_with_the_photos(small_store, camvid_folder, tmp_path, calibrate, message):
+    folder, store = tmp_path / "photos", tmp_path / "store"
+    (folder / "images").mkdir(parents=True)
+    (folder / "labels").mkdir()
+    store.mkdir()
+    if calibrate != "empty":
+        for i in range(6):
+            shutil.copy(camvid_folder / "images" / f"{i}.png", folder / "images")
+        shutil.copy(camvid_folder / "labels" / "0_P.png", folder / "labels")
+        listed = {"all to measure": range(6), "none to measure": []}.get(calibrate, range(2))
+        (folder / "valid.txt").write_text("".join(f"{i}.png\n" for i in listed))
+    with pytest.raises(ExportError, match=message) as error:
+        convert_copy(small_store, store, "int8", folder if calibrate else None)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in store.iterdir()] == ["fastunet.pth"]
+
+
+@pytest.mark.parametrize(("package", "precision"), [("openvino", "fp32"), ("nncf", "int8")])
+def test_a_missing_package_is_named_in_one_line(small_store, camvid_folder, tmp_path, monkeypatch, package, precision):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(RuntimeUnavailable, match=f"pip install {package}") as error:
+        convert_copy(small_store, tmp_path, precision, camvid_folder)
+    assert "\n" not in str(error.value) and [path.name for path in tmp_path.iterdir()] == ["fastunet.pth"]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int4"])
+def test_refuses_a_precision_that_there_is_not(precision, small_store, tmp_path):
+    with pytest.raises(RuntimeUnavailable, match=f"openvino.*{precision}"):
+        convert_copy(small_store, tmp_path, precision)
+
+
+@pytest.mark.parametrize("listing", [None, "0.png\n1.png\n2.png\n", "0\n1\n2\n"], ids=["no list", "names", "stems"])
+@pytest.mark.parametrize("labels", [True, False])
+def test_calibration_photos_are_not_the_ones_that_measure(listing, labels, camvid_folder, tmp_path):
+    folder = tmp_path / "images" if labels else tmp_path
+    shutil.copytree(camvid_folder / "images", folder, dirs_exist_ok=True)
+    if listing:
+        (tmp_path / "valid.txt").write_text(listing)
+    train, valid = calibration_photos(tmp_path)
+    assert not {*train} & {*valid}
+    assert len(train) + len(valid) == 10
+    if listing:
+        assert [path.name for path in valid] == ["0.png", "1.png", "2.png"]
+
+
+def test_calibration_photos_are_chosen_evenly_where_there_are_many(camvid_folder, monkeypatch):
+    monkeypatch.setattr(CONVERT, "CALIBRATION_PHOTOS", 4)
+    train, valid = calibration_photos(camvid_folder)
+    assert [path.name for path in train] == ["3.png", "4.png", "6.png", "8.png"] and len(valid) == 3
