@@ -125,12 +125,13 @@ def load_program(path: Path) -> torch.nn.Module:
     """
     try:
         with zipfile.ZipFile(path) as file:
-            configs = [json.loads(file.read(name)) for name in file.namelist() if name.endswith("_config.json")]
+            entries = {entry: entry.filename.rpartition("/")[2] for entry in file.infolist()}
+            configs = [json.loads(file.read(entry)) for entry, name in entries.items() if name.endswith("_config.json")]
             payloads = [payload for config in configs for payload in config["config"].values()]
             pickled = {payload["path_name"] for payload in payloads if payload["use_pickle"]}
-            for name in file.namelist():
-                if name.endswith(".pt") or name.rpartition("/")[2] in pickled:
-                    torch.load(io.BytesIO(file.read(name)), weights_only=True)
+            for entry, name in entries.items():
+                if entry.file_size and (name.endswith(".pt") or name in pickled):
+                    torch.load(io.BytesIO(file.read(entry)), weights_only=True)
         module = torch.export.load(path).module(check_guards=False).requires_grad_(False)
     except FileNotFoundError:
         raise

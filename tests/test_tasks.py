@@ -1,30 +1,39 @@
-"""Every kind of learner: the served answer is that of `learn.predict`. `python tests/test_tasks.py` writes the table."""
+"""Every kind of learner: the served answer is that of `learn.predict`.
+
+`python tests/test_tasks.py` writes the table in deployment/README.md.
+"""
 
 import base64
+import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
+import httpx
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from conftest import draw_photo, encoded
 from PIL import Image
 
 from deployment.archive import make_archive
+from deployment.config import read_config
 from deployment.export import ExportError, export_learner
 from deployment.handler import Handler
+from deployment.protocol import Rejected, read_request
 from deployment.serve import torchserve
 
 ROOT = Path(__file__).parents[1]
 KINDS = ["bus", "car", "tram"]
 SIZES = [(120, 90), (90, 120), (64, 64), (151, 77), (50, 41)]
 
-# task, body, item_tfms, batch_tfms, arguments of vision_learner, what is called on the learner: code of fastai, which is
-# also what the table shows. The first of each task run by default.
+# task, body, item_tfms, batch_tfms, arguments of the learner, what is called on it: fastai's code, shown in the table.
 CLASS, MULTI, NUMBER, POINTS, MASK = "classification", "multi-label", "regression", "points", "segmentation"
 NORMALIZE = "Normalize.from_stats(*imagenet_stats)"
 ROWS = [
@@ -35,7 +44,7 @@ ROWS = [
     (NUMBER, "timm resnet10t", "Resize(64)", "", "n_out=1, y_range=(0, 5)", ""),
     (POINTS, "resnet18", "Resize((48, 64), 'crop')", "", "y_range=(-1, 1)", ""),
     (MASK, "xresnet18", "Resize((64, 96), 'squish')", NORMALIZE, "", ""),
-    # the others with `-m tasks`
+    # so far by default, the others with `-m tasks`
     (CLASS, "resnet34", "Resize(64, 'squish')", "aug_transforms(size=48)", "", ""),
     (CLASS, "resnet18", "Resize(64)", "aug_transforms()", "loss_func=LabelSmoothingCrossEntropyFlat()", ""),
     (CLASS, "resnet18", "Resize(64)", "", "cbs=MixUp()", ""),
@@ -152,11 +161,6 @@ def make(folder: Path, row: tuple):
     return learner
 
 
-def photos_of(store: Path) -> list[Image.Image]:
-    """Photos that the model in `store` takes: of many sizes, or of its own where torch.export left it no other."""
-    return [draw_photo(10 + i, size) for i, size in enumerate(SIZES)]
-
-
 def served(store: Path, photos: list[bytes], **parameters) -> list[dict]:
     """The answers to `photos` in one request, by the handler and the exported files alone."""
     handler = Handler()
@@ -194,7 +198,7 @@ def equal_answers(row: tuple, folder: Path) -> bool:
     """Whether the learner of `row`, exported into `folder`, and the handler say the same of all photos."""
     learner = make(folder / "photos", row)
     store = export_learner(learner, folder / "store")
-    photos = photos_of(store)
+    photos = [draw_photo(10 + i, size) for i, size in enumerate(SIZES)]
     answers = served(store, [encoded(photo) for photo in photos])
     equal = [same_answer(learner, row[0], photo, answer) for photo, answer in zip(photos, answers, strict=True)]
     return all(equal) and len({json.dumps(answer) for answer in answers}) > 1
@@ -209,3 +213,244 @@ def test_answer_is_that_of_learn_predict(row, tmp_path):
 @pytest.mark.parametrize("row", ROWS[BY_DEFAULT:], ids=lambda row: "-".join(filter(None, row)))
 def test_answer_is_that_of_learn_predict_for_every_row(row, tmp_path):
     assert equal_answers(row, tmp_path)
+
+
+def refused() -> dict[str, tuple]:
+    """Blocks, labels and network of learners that cannot be served, and what the refusal says."""
+    from fastai.vision import all as fastai
+
+    photo, categories = fastai.ImageBlock(), fastai.CategoryBlock()
+    own, raw = Own(3, False), torch.nn.CrossEntropyLoss()
+    pixels = Own(3, True)
+    return {
+        "photo to photo": ((photo, fastai.ImageBlock()), lambda p: p, pixels, fastai.MSELossFlat(), "photo to photo"),
+        "boxes": (
+            (photo, fastai.BBoxBlock, fastai.BBoxLblBlock()),
+            [lambda p: [[1, 2, 30, 40]], lambda p: ["car"]],
+            own,
+            fastai.MSELossFlat(),
+            "boxes",
+        ),
+        "two labels": (
+            (photo, categories, fastai.CategoryBlock()),
+            [lambda p: "a", lambda p: "b"],
+            own,
+            raw,
+            "2 labels",
+        ),
+        "two photos": ((photo, fastai.ImageBlock(), categories), lambda p: p.stem, own, raw, "2 inputs"),
+        "no activation": ((photo, categories), lambda p: KINDS[int(p.stem) % 3], own, raw, "CrossEntropyLossFlat()"),
+        "names": ((photo, fastai.CategoryBlock()), lambda p: "ab"[int(p.stem) % 2], own, None, "not as many names"),
+        "half a point": ((photo, fastai.PointBlock), lambda p: [[1.0, 2.0]], own, None, "no points"),
+    }
+
+
+@pytest.mark.parametrize("name", refused())
+def test_refuses_by_name(name, tmp_path):
+    from fastai.vision.all import DataBlock, IndexSplitter, Learner, Resize
+
+    blocks, labels, network, loss, message = refused()[name]
+    for i in range(4):
+        draw_photo(i, (60, 50)).save(tmp_path / f"{i}.png")
+    inputs = {"n_inp": 2, "get_x": [lambda p: p, lambda p: p]} if name == "two photos" else {"n_inp": 1}
+    data = DataBlock(
+        blocks,
+        get_items=lambda folder: sorted(folder.glob("?.png")),
+        get_y=labels,
+        splitter=IndexSplitter([3]),
+        item_tfms=Resize(32),
+        **inputs,
+    )
+    learner = Learner(data.dataloaders(tmp_path, bs=2, num_workers=0), network, **({"loss_func": loss} if loss else {}))
+    with pytest.raises(ExportError, match=re.escape(message)) as error:
+        export_learner(learner, tmp_path / "store")
+    assert "\n" not in str(error.value) and not (tmp_path / "store").exists()
+
+
+def test_refuses_tables(tmp_path):
+    import pandas
+    from fastai.tabular.all import TabularDataLoaders, tabular_learner
+
+    table = pandas.DataFrame({"a": range(8), "b": [0.5] * 8, "y": [0.0, 1.0] * 4})
+    dls = TabularDataLoaders.from_df(table, y_names="y", cont_names=["a", "b"], bs=2, num_workers=0)
+    with pytest.raises(ExportError, match="tabular data are not supported"):
+        export_learner(tabular_learner(dls), tmp_path / "store")
+
+
+# --- what is exported ---
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory) -> dict[str, Path]:
+    """What the export writes of a small learner of each task, by task, the ONNX file included."""
+    folder, found = tmp_path_factory.mktemp("tasks"), {}
+    for task, options in ((CLASS, ""), (MULTI, ""), (NUMBER, "n_out=2"), (POINTS, ""), (MASK, "")):
+        learner = make(folder / task / "photos", (task, "own", "Resize((40, 56), 'squish')", NORMALIZE, options, ""))
+        found[task] = export_learner(learner, folder / task / "store", onnx=True)
+    return found
+
+
+ANSWERS = {
+    CLASS: {"label", "probabilities"},
+    MULTI: {"labels", "probabilities"},
+    NUMBER: {"values"},
+    POINTS: {"points"},
+    MASK: {"base64_prediction", "shape", "classes"},
+}
+
+
+def test_top_limits_probabilities(stores):
+    photo = encoded(draw_photo(1))
+    (everything,), (first,) = served(stores[CLASS], [photo]), served(stores[CLASS], [photo], top=1)
+    assert list(everything["probabilities"]) != [] and len(everything["probabilities"]) == 3
+    assert first == {
+        "label": everything["label"],
+        "probabilities": {everything["label"]: everything["probabilities"][everything["label"]]},
+    }
+    assert served(stores[MULTI], [photo], top=2.0)[0]["probabilities"].keys() < set(KINDS)
+    (answer,) = served(stores[CLASS], [photo], format="png")
+    assert answer["error"]["code"] == 400 and "JSON" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("top", [0, -1, 1.5, "x", True, [1], "99999999999"])
+def test_top_must_be_a_number(top):
+    with pytest.raises(Rejected, match="`top`"):
+        read_request({"body": json.dumps({"instances": [{"b64": ""}], "parameters": {"top": top}}).encode()})
+    assert read_request({"data": b"photo", "top": b"3"}).top == 3
+
+
+def test_a_program_that_would_run_code_is_refused(stores, tmp_path):
+    trap = io.BytesIO()
+    torch.save({"weight": Trap(tmp_path / "sprung")}, trap)
+    shutil.copytree(stores[CLASS], tmp_path / "store")
+    path = tmp_path / "store" / "fastunet.pt2"
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr(file.namelist()[0].split("/")[0] + "/data/sample_inputs/model.pt", trap.getvalue())
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        Handler().load(tmp_path / "store")
+    assert not (tmp_path / "sprung").exists()
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        Handler().load(tmp_path / "store")
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        Handler().load(tmp_path / "store")
+
+
+class Trap:
+    """Pickles as a call that creates a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+ALONE = """
+import base64, json, sys
+for name in ("fastai", "fastcore", "timm"):
+    sys.modules[name] = None  # importing it fails
+from deployment.handler import Handler
+photo = {"b64": base64.b64encode(open(sys.argv[1], "rb").read()).decode()}
+for store in sys.argv[2:]:
+    handler = Handler()
+    handler.load(store)
+    job = handler.preprocess({"body": json.dumps({"instances": [photo]}).encode()})
+    handler.inference(job.photos)
+    print(handler.postprocess(job).body.decode())
+"""
+
+
+def test_serves_each_task_without_fastai_and_timm(stores, tmp_path):
+    draw_photo(7).save(tmp_path / "photo.png")
+    command = [sys.executable, "-c", ALONE, tmp_path / "photo.png", *stores.values()]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    answers = [json.loads(line)["predictions"] for line in run.stdout.splitlines()]
+    assert answers == [served(store, [(tmp_path / "photo.png").read_bytes()]) for store in stores.values()]
+
+
+@pytest.mark.parametrize("task", ANSWERS)
+def test_through_torchserve(task, stores):
+    make_archive(stores[task], task)
+    photo = encoded(draw_photo(5))
+    with torchserve(stores[task]) as url:
+        answer = httpx.post(f"{url}/predictions/{task}", files={"data": photo}, data={"top": "3"}, timeout=60).json()
+    assert answer == served(stores[task], [photo], top=3)[0] and answer.keys() == ANSWERS[task]
+
+
+# --- ONNX ---
+
+
+def test_onnx_alone_gives_the_answer(stores, tmp_path):
+    """The lines in README that need onnxruntime, NumPy and Pillow alone."""
+    draw_photo(6).save(tmp_path / "photo.png")
+    script = (
+        "import json, sys\nimport numpy as np\nimport onnxruntime\nfrom PIL import Image\n"
+        "session = onnxruntime.InferenceSession(sys.argv[1])\n"
+        "meta = session.get_modelmeta().custom_metadata_map\n"
+        "config, classes = json.loads(meta['config']), json.loads(meta['classes'])\n"
+        "h, w = config['resize']['size']\n"
+        "photo = Image.open(sys.argv[2]).convert('RGB').resize((w, h), Image.Resampling.BILINEAR)\n"
+        "x = (np.asarray(photo, np.float32) / 255 - config['mean']) / config['std']\n"
+        "x = x.transpose(2, 0, 1)[None].astype(np.float32)\n"
+        "(probabilities,) = session.run(None, {'photos': x})\n"
+        "print(json.dumps(dict(zip(classes, map(float, probabilities[0])))))\n"
+    )
+    command = [sys.executable, "-c", script, stores[CLASS] / "fastunet.onnx", tmp_path / "photo.png"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    (answer,) = served(stores[CLASS], [(tmp_path / "photo.png").read_bytes()])
+    assert json.loads(run.stdout) == pytest.approx(answer["probabilities"], abs=1e-5)
+
+
+@pytest.mark.parametrize("task", ANSWERS)
+def test_onnx_takes_any_batch_and_knows_its_configuration(task, stores):
+    session = onnxruntime.InferenceSession(stores[task] / "fastunet.onnx")
+    x = np.random.default_rng(0).random((3, 3, 40, 56), np.float32)
+    (output,) = session.run(None, {"photos": x})
+    one_by_one = np.concatenate([session.run(None, {"photos": photo[None]})[0] for photo in x])
+    assert len(output) == 3 and np.allclose(output, one_by_one, atol=1e-5)
+    meta = session.get_modelmeta().custom_metadata_map
+    assert json.loads(meta["config"])["task"] == task
+    assert json.loads(meta["classes"]) == read_config(stores[task]).classes
+
+
+# --- the table ---
+
+
+def code(text: str) -> str:
+    return f"`{text}`" if text else ""
+
+
+def write_table() -> None:
+    """Write the table of deployment/README.md anew: every row is computed."""
+    lines = [
+        "| task | body | item transforms | batch transforms | options | answer equal |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in ROWS:
+        task, body, item, batch, options, call = row
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                equal = "yes" if equal_answers(row, Path(folder)) else "no"
+            except ExportError as error:
+                equal = f"no: {error}"
+        options = ", ".join(filter(None, [code(options), code(call)]))
+        lines.append(f"| {task} | {body} | {code(item)} | {code(batch)} | {options} | {equal} |")
+        print(lines[-1], flush=True)
+    readme = ROOT / "deployment" / "README.md"
+    text = readme.read_text().partition("\n" + HEADING)[0]
+    readme.write_text(f"{text}\n{HEADING}\n\n{INTRODUCTION}\n\n" + "\n".join(lines) + "\n")
+
+
+HEADING = "### Answers of every kind of learner"
+INTRODUCTION = """Learners with random weights, exported as programs, and five photos of different sizes: each answer of
+the handler must be that of `learn.predict`, to the last bit; points go through the learner's own transforms first and
+may then be a thousandth of a pixel away. `python tests/test_tasks.py` writes the table anew, `make test` checks its
+first lines. *own* is a plain `nn.Module`."""
+
+
+if __name__ == "__main__":
+    write_table()

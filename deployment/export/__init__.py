@@ -81,12 +81,12 @@ def export_learner(
         prove(learner, read_config(folder), folder, photos, tolerance)
         try:
             check_runtime(runtime, precision)
+            if onnx:
+                write_onnx(config, folder, photos)
             if runtime == "openvino":
                 write_config(convert(config, folder, precision, calibrate, max_drop), folder)
         except RuntimeUnavailable as error:
             raise ExportError(str(error)) from error
-        if onnx:
-            write_onnx(config, folder, photos)
         for path in folder.iterdir():
             os.replace(path, out_dir / path.name)
     return out_dir
