@@ -1,12 +1,13 @@
 # The serving image: TorchServe and what the handler imports. No fastai, no notebooks, no compiler.
 #
-#   docker build -t fastunet .                                   PyTorch as PyPI has it: CUDA 13, NVIDIA driver 580 or newer
-#   docker build -t fastunet --build-arg TORCH_BACKEND=cpu .     no GPU, and gigabytes smaller
-#   docker build -t fastunet --build-arg TORCH_BACKEND=cu126 .   CUDA 12: NVIDIA driver 525.60 or newer
+#   docker build -t fastunet .                                   for the CPU, gigabytes smaller
+#   docker build -t fastunet --build-arg TORCH_BACKEND=cu126 .   for a GPU, CUDA 12: NVIDIA driver 525.60 or newer
 #
 #   docker build -t fastunet --build-arg SERVER=uvicorn .        without TorchServe and Java: deployment/app.py serves
 #
-# TORCH_BACKEND is any value of `uv pip install --torch-backend` for which PyTorch publishes the pinned version.
+# TORCH_BACKEND is any value of `uv pip install --torch-backend` for which PyTorch publishes the pinned version, or `pypi`:
+# PyTorch as PyPI has it, with CUDA 13 (NVIDIA driver 580 or newer). PyPI's is also taken, and the build says so, where
+# the build for the CPU cannot be fetched because PyTorch's own index is out of reach.
 # Behind a proxy or with a package index of your own, hand the build your settings as secrets, which stay out of the
 # image: `--secret id=pip,src=pip.conf --secret id=uv,src=uv.toml --secret id=ca,src=ca-certificates.crt`.
 
@@ -17,7 +18,7 @@ FROM ${BASE} AS build
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates python3-venv \
     && apt-get clean && rm -rf /var/lib/apt/lists/*
-ARG TORCH_BACKEND=
+ARG TORCH_BACKEND=cpu
 ARG SERVER=torchserve
 ENV UV_SYSTEM_CERTS=true UV_COMPILE_BYTECODE=true UV_LINK_MODE=copy UV_CACHE_DIR=/var/cache/uv
 COPY deployment/requirements.txt constraints.txt ./
@@ -32,8 +33,16 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     && /opt/uv/bin/uv venv --python /usr/bin/python3 /opt/venv \
     && grep -vE '^(cuda|nvidia|triton)' constraints.txt > pins.txt \
     && if [ "$SERVER" != torchserve ]; then sed -i '/^torchserve/d' requirements.txt; fi \
-    && /opt/uv/bin/uv pip install --python /opt/venv --requirements requirements.txt --constraints pins.txt \
-       ${TORCH_BACKEND:+--torch-backend=${TORCH_BACKEND}} \
+    && install() { \
+         /opt/uv/bin/uv pip install --python /opt/venv --requirements requirements.txt --constraints pins.txt "$@"; \
+       } \
+    && case "${TORCH_BACKEND}" in \
+         pypi) install ;; \
+         cpu) install --torch-backend=cpu || { \
+                echo "PyTorch's build for the CPU cannot be fetched: taking PyPI's, which is gigabytes larger" >&2; \
+                install; } ;; \
+         *) install "--torch-backend=${TORCH_BACKEND}" ;; \
+       esac \
     && /opt/uv/bin/uv pip uninstall --python /opt/venv triton
 
 FROM ${BASE}
@@ -52,7 +61,12 @@ USER serve
 # The name of the model, and so of its route; empty: the archive's.
 ARG NAME=
 # AIP_HTTP_PORT is AI Platform's name for the port of health checks and predictions; it overrides this default.
-ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 AIP_HTTP_PORT=8080 MODEL_NAME=${NAME} SERVER=${SERVER}
+# Google's GPU machines put NVIDIA's driver and nvidia-smi, by which TorchServe finds the GPU, into /usr/local/nvidia.
+ENV PATH=/opt/venv/bin:$PATH:/usr/local/nvidia/bin LD_LIBRARY_PATH=/usr/local/nvidia/lib64 \
+    PYTHONUNBUFFERED=1 AIP_HTTP_PORT=8080 MODEL_NAME=${NAME} SERVER=${SERVER}
+# What the image was built for: `deployment.ai_platform upload --torch-backend` takes the same word.
+ARG TORCH_BACKEND=cpu
+LABEL torch_backend=${TORCH_BACKEND}
 EXPOSE 8080
 # Whether a worker can answer, as /ping says too; the image has no curl.
 HEALTHCHECK --interval=15s --timeout=10s --start-period=3m CMD ["python", "-m", "deployment.serve", "--check"]

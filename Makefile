@@ -2,7 +2,7 @@
 # checkout may lie anywhere.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test serve bench soak image image-test notebooks lint clean
+.PHONY: help demo test serve page page-test bench soak image image-test notebooks lint clean
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # What Python compiles of .venv is kept there, whatever the shell says: it halves the start of everything after the first.
@@ -28,13 +28,19 @@ test: .venv/installed ## run the tests
 serve: .venv/installed ## serve the archive in model_store/ on 127.0.0.1: SERVER=torchserve|uvicorn NAME= PORT= MANAGEMENT_PORT= METRICS_PORT= AUTH=1
 	@exec $(PY) -m deployment.serve --server $(SERVER) --port $(PORT) --management-port $(MANAGEMENT_PORT) --metrics-port $(METRICS_PORT) $(if $(NAME),--name $(NAME)) $(if $(AUTH),--auth)
 
+page: .venv-page/installed ## open a page in the browser that asks the running server: PORT= NAME=, or ENDPOINT= on AI Platform
+	@exec .venv-page/bin/python -m space.page http://127.0.0.1:$(PORT)/predictions/$(or $(NAME),fastunet) $(if $(ENDPOINT),--endpoint $(ENDPOINT))
+
 bench: .venv/installed ## measure against peers and the limit: CONTENDERS=baseline,eager,… CLIENTS=1,8 PHOTOS= CALIBRATE=
 	@$(PY) -m benchmark.run $(if $(CONTENDERS),--contenders $(CONTENDERS)) $(if $(CLIENTS),--clients $(CLIENTS)) $(if $(PHOTOS),--photos "$(PHOTOS)") $(if $(CALIBRATE),--calibrate "$(CALIBRATE)")
 
 soak: .venv/installed ## the long tests: malformed requests by the thousand, a killed worker, 15 minutes of load
 	@$(PY) -m pytest -m soak -s
 
-image: ## build the serving image with docker or podman: TAG=fastunet NAME= TORCH_BACKEND=cpu|cu126|…
+page-test: .venv/installed .venv-page/installed ## open the page in a browser and drop photos (Debian: apt install chromium)
+	@$(PY) -m pytest -m browser
+
+image: ## build the serving image with docker or podman, for the CPU; for a GPU TORCH_BACKEND=cu126: TAG=fastunet NAME=
 	@engine=$$(for e in docker podman; do $$e info >/dev/null 2>&1 && echo $$e && break; done); \
 	if [ -z "$$engine" ]; then echo "error: neither docker nor podman answers here; cloudbuild.yaml builds in the cloud" >&2; exit 1; fi; \
 	BUILDAH_FORMAT=docker $$engine build $(if $(TORCH_BACKEND),--build-arg TORCH_BACKEND=$(TORCH_BACKEND)) $(if $(NAME),--build-arg NAME=$(NAME)) --tag $(TAG) .
@@ -54,3 +60,8 @@ clean: ## remove what the pipeline wrote; keep the environment
 # TORCH_BACKEND, from the command line or the environment, chooses PyTorch's build; the default is auto.
 .venv/installed: requirements.txt constraints.txt
 	@sh install.sh
+
+# Gradio wants an older Pillow than the rest, so the page has an environment of its own.
+.venv-page/installed: space/page-requirements.txt | .venv/installed
+	@echo "installing into .venv-page"; $(PY) -m venv .venv-page && \
+	$(PY) -m uv pip install --quiet --python .venv-page/bin/python -r $< && touch $@

@@ -1,29 +1,94 @@
-"""The handler's model on a GPU, in process: `python -m benchmark.gpu`. Says so in one line where there is no GPU.
+"""Serving on a GPU, measured: `python -m benchmark.gpu`. Says so in one line where there is no GPU.
 
-Batches of 1 to 64 photos, from tensors on the CPU to masks on it. Uses the model in `model_store/`, or random weights
-where there is none (the speed is the same).
+Needs this file, benchmark/load.py and deployment/ alone; the weights are random, as speed does not depend on them. In
+under ten minutes it prints, and writes to gpu_results.json under the card's name:
+
+exactness    float32 on the GPU beside float32 on the CPU, and half precision beside float32: the share of equal pixels
+in process   batches of 1 to 64 photos, from tensors on the CPU to masks on it: PyTorch as it is in float32, what serves
+             (`deployment.gpu_runtime`), and `torch.compile` in float16 where there is a compiler
+over HTTP    JPEG photos to answers, through the Python server and through TorchServe
+memory       batches, and a photo, for which there is too little: who gets an answer
 """
 
+import base64
+import contextlib
+import dataclasses
+import io
+import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from benchmark.contenders import ROOT
-from deployment import runtime
-from deployment.config import Config, read_config
+from benchmark import load
+from deployment import gpu_runtime, runtime
+from deployment.config import Config
+from deployment.export import write_config
+from deployment.handler import Handler
 from deployment.model import DynamicUnetDIY
+from deployment.processes import free_ports, started
 
+RESULTS = Path(__file__).with_name("gpu_results.json")
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
-DEFAULT = Config("resnet34", 32, (96, 128), resize={"size": (96, 128)})
+CLIENTS = (1, 8, 32)
+CLASSES = [f"class {i}" for i in range(32)]
+CONFIG = Config("resnet34", 32, (96, 128), resize={"size": (96, 128)}, classes=CLASSES, precision="auto")
 
 
-def seconds_per_batch(predict: Callable[[Tensor], Tensor], batch: Tensor, at_least: float = 1.0) -> float:
-    """The median over as many calls as fit into `at_least` seconds, after three to warm up."""
+def write_model(config: Config, folder: Path) -> Path:
+    """Write `config` and random weights into `folder`, as the export would."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    network = DynamicUnetDIY(config.arch, config.n_classes, config.img_size, **config.options)
+    torch.save(network.state_dict(), folder / "fastunet.pth")
+    write_config(config, folder)
+    return folder
+
+
+def photo(width: int, height: int) -> bytes:
+    """A JPEG."""
+    x = gpu_runtime.warm_up_photo((3, height, width))[0].mul(50).add(128).clamp(0, 255).to(torch.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(x.permute(1, 2, 0).numpy()).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def exactness(folder: Path, device: torch.device) -> dict[str, float]:
+    """Shares of equal pixels, on one photo-like input: on the GPU in each precision, beside float32 on the CPU."""
+    x = gpu_runtime.warm_up_photo((CONFIG.n_in, *CONFIG.img_size))
+    expected = runtime.eager(CONFIG, folder, torch.device("cpu"))(x)
+    torch.backends.cudnn.allow_tf32 = False  # as the GPU runtime has it
+    shares = {}
+    for name, dtype in gpu_runtime.TYPES.items():
+        if name != "bf16" or torch.cuda.is_bf16_supported(including_emulation=False):
+            model = runtime.Model(CONFIG, folder).to(device, dtype)
+            shares[name] = gpu_runtime.agreement(expected, gpu_runtime.compute(model, x, dtype).cpu())
+    return shares
+
+
+def compiled(folder: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """`torch.compile` in float16, each size of batch on its own."""
+    model = runtime.Model(CONFIG, folder, exact=False).to(device, torch.float16)
+    model = torch.compile(model.to(memory_format=torch.channels_last), dynamic=False)
+
+    @torch.inference_mode()
+    def predict(batch: Tensor) -> Tensor:
+        return model(batch.to(device).to(torch.float16, memory_format=torch.channels_last)).cpu()
+
+    return predict
+
+
+def photos_per_second(predict: Callable[[Tensor], Tensor], n: int, at_least: float = 1.0) -> float:
+    """By the median of as many batches of `n` as fit into `at_least` seconds, after three to warm up."""
+    batch = torch.rand(n, CONFIG.n_in, *CONFIG.img_size)
     for _ in range(3):
         predict(batch)
     times, begin = [], time.perf_counter()
@@ -31,34 +96,116 @@ def seconds_per_batch(predict: Callable[[Tensor], Tensor], batch: Tensor, at_lea
         start = time.perf_counter()
         predict(batch)  # ends with a copy to the CPU, which waits for the GPU
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return n / statistics.median(times)
 
 
-def measure(config: Config, folder: Path, device: torch.device) -> Iterator[dict]:
-    """For each batch size: milliseconds of a batch, and photos per second."""
-    predict = runtime.eager(config, folder, device)
-    for n in BATCHES:
-        seconds = seconds_per_batch(predict, torch.rand(n, config.n_in, *config.img_size))
-        yield {"batch": n, "ms": 1000 * seconds, "per_s": n / seconds}
+def in_process(folder: Path, device: torch.device) -> dict[str, dict[int, float]]:
+    """Photos per second, by how the model runs and the size of the batch."""
+    ways = {
+        "eager fp32": lambda: runtime.eager(CONFIG, folder, device),
+        "gpu_runtime": lambda: runtime.load(CONFIG, folder, device),
+        "torch.compile fp16": lambda: compiled(folder, device),
+    }
+    rates = {}
+    for name, make in ways.items():
+        try:
+            predict = make()
+            rates[name] = {n: round(photos_per_second(predict, n), 1) for n in BATCHES}
+        except Exception as error:  # no Triton, no C compiler: torch raises what it likes
+            print(f"{name}: not measured ({type(error).__name__}: {str(error).splitlines()[0][:100]})")
+    return rates
+
+
+@contextlib.contextmanager
+def server(name: str, folder: Path) -> Iterator[str]:
+    """The address of the predictions of a server, `torchserve` or `uvicorn`, once it answers."""
+    from deployment.archive import make_archive
+
+    make_archive(folder)
+    port, management, metrics = free_ports(3)
+    argv = [sys.executable, "-m", "deployment.serve", f"--server={name}", f"--model-store={folder}", "--require-gpu"]
+    argv += [f"--port={port}", f"--management-port={management}", f"--metrics-port={metrics}"]
+    log = folder / f"{name}.log"
+    with log.open("wb") as output, started(argv, None, stdout=output, stderr=subprocess.STDOUT) as process:
+        url, deadline = f"http://127.0.0.1:{port}/predictions/fastunet", time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(urllib.request.Request(url, photo(320, 240)), timeout=60).close()
+                break
+            except OSError as error:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(log.read_text(errors="replace")[-1500:]) from error
+                time.sleep(0.5)
+        yield url
+
+
+def over_http(folder: Path, seconds: float = 5) -> dict[str, dict[int, float]]:
+    """Answers per second to JPEG photos of 1280 × 720, by server and number of clients."""
+    photos, rates = [photo(1280, 720)] * 8, {}
+    for name in ("uvicorn", "torchserve"):
+        try:
+            with server(name, folder) as url:
+                rates[name] = {}
+                for clients in CLIENTS:
+                    result = load.run(url, photos, clients, seconds, lambda i, body: b'"classes"' in body)
+                    if result["errors"] or result["wrong_masks"]:
+                        raise RuntimeError(f"{result['errors']} errors, {result['wrong_masks']} wrong answers")
+                    rates[name][clients] = result["rps"]
+        except Exception as error:
+            print(f"{name}: not measured ({error})")
+            rates.pop(name, None)
+    return rates
+
+
+def out_of_memory(folder: Path, device: torch.device, limit: float = 4e9) -> dict[str, int]:
+    """How many photos get an answer where `limit` bytes are too few for their batch, and for one of them alone."""
+    config = dataclasses.replace(CONFIG, resize=None, max_pixels=60_000_000)  # the model sees every pixel
+    handler = Handler()
+    handler.load(write_model(config, folder), device)
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(device).total_memory)
+    try:
+        sizes = [(1024, 768)] * 16 + [(6000, 4000)]
+        instances = [{"b64": base64.b64encode(photo(*size)).decode()} for size in sizes]
+        job = handler.preprocess({"body": json.dumps({"instances": instances})})
+        handler.inference([p for p in job.photos if not p.error])
+        refused = [p.error.type for p in job.photos[16:] if p.error]
+        return {
+            "answered, of 16": sum(p.error is None for p in job.photos[:16]),
+            "refused for want of memory, of 1": refused.count("OutOfMemory"),
+        }
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def table(rates: dict[str, dict[int, float]], columns: tuple[int, ...], title: str) -> str:
+    lines = [f"| {title} | {' | '.join(map(str, columns))} |", f"|---{'|--:' * len(columns)}|"]
+    lines += [f"| {name} | {' | '.join(f'{row[n]:.0f}' for n in columns)} |" for name, row in rates.items()]
+    return "\n".join(lines)
 
 
 def main() -> None:
     if not torch.cuda.is_available():
         print("no GPU here: nothing measured")
         return
-    device = torch.device("cuda:0")
-    config, folder = DEFAULT, ROOT / "model_store"
+    device, begin = torch.device("cuda:0"), time.monotonic()
+    card = torch.cuda.get_device_name(device)
+    print(f"{card}, {CONFIG.arch} for {CONFIG.img_size}, torch {torch.__version__}")
     with tempfile.TemporaryDirectory() as scratch:
-        if (folder / "fastunet.pth").is_file():
-            config = read_config(folder)
-        else:
-            folder = Path(scratch)
-            model = DynamicUnetDIY(config.arch, config.n_classes, config.img_size)
-            torch.save(model.state_dict(), folder / "fastunet.pth")
-        print(f"{torch.cuda.get_device_name(device)}, {config.arch}, {config.img_size}, torch {torch.__version__}")
-        print("| batch | eager fp32 ms | photos/s |\n|--:|--:|--:|")
-        for row in measure(config, folder, device):
-            print(f"| {row['batch']} | {row['ms']:.2f} | {row['per_s']:.0f} |", flush=True)
+        folder = write_model(CONFIG, Path(scratch, "model"))
+        result = {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
+        result["equal pixels"] = exactness(folder, device)
+        for name, share in result["equal pixels"].items():
+            print(f"{name} on the GPU, fp32 on the CPU: {share:.3%} of the pixels equal")
+        result["photos/s in process"] = in_process(folder, device)
+        print(table(result["photos/s in process"], BATCHES, "photos/s, by batch"))
+        result["answers/s over HTTP"] = over_http(folder)
+        print(table(result["answers/s over HTTP"], CLIENTS, "answers/s, by clients"))
+        result["memory"] = out_of_memory(Path(scratch, "free"), device)
+        for what, n in result["memory"].items():
+            print(f"{what}: {n}")
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    RESULTS.write_text(json.dumps(known | {card: result}, indent=1) + "\n")
+    print(f"{time.monotonic() - begin:.0f} s; written to {RESULTS.name}")
 
 
 if __name__ == "__main__":

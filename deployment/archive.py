@@ -4,19 +4,28 @@ This is the one place that knows which files an archive needs.
 """
 
 import argparse
+import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 from .config import read_config
 
 HERE = Path(__file__).parent
-# That handler.py imports.
-MODULES = ("answers.py", "config.py", "openvino_runtime.py", "photos.py", "protocol.py", "runtime.py")
+MODULES = (
+    "answers.py",
+    "config.py",
+    "gpu_runtime.py",
+    "openvino_runtime.py",
+    "photos.py",
+    "protocol.py",
+    "runtime.py",
+)  # that handler.py imports
 MODEL_FILES = {"openvino": ("fastunet.bin", "fastunet.xml")}  # by runtime; for the others see Config.model_file
 
 
@@ -95,6 +104,21 @@ def find_archive(model_store: Path | str, name: str | None = None) -> tuple[Path
         how = there or "`make demo` makes one, or `python -m deployment.archive` of what was exported"
         raise FileNotFoundError(f"no archive {wanted}.mar in {model_store}: {how}")
     return found, wanted
+
+
+def model_settings(archive: Path, name: str, batch_size: int) -> str:
+    """TorchServe's property `models` for `archive`, served as `name`: a worker gets `batch_size` requests together.
+
+    After `maxBatchDelay` ms (0 would mean 100) it does not wait for more; those that come while the workers compute
+    gather anyway, and are handed over with one message in place of several. What the archive's own model-config.yaml
+    says of the two goes before this.
+
+    Raises:
+        zipfile.BadZipFile: the archive is damaged.
+    """
+    with zipfile.ZipFile(archive) as file:
+        version = json.loads(file.read("MAR-INF/MANIFEST.json"))["model"]["modelVersion"]
+    return json.dumps({name: {version: {"batchSize": batch_size, "maxBatchDelay": 1}}})
 
 
 def fetch(uri: str, name: str | None = None) -> Path:

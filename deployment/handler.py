@@ -7,6 +7,7 @@ of them, and each photo among several of one request, succeeds or fails alone, w
 
 import logging
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +19,14 @@ if __package__:
     from . import answers, protocol, runtime
     from .config import read_config
     from .photos import Preprocessor
+    from .reports import log_errors, observe
 else:  # in the archive, where the files lie side by side
     import answers
     import protocol
     import runtime
     from config import read_config
     from photos import Preprocessor
+    from reports import log_errors, observe
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +37,7 @@ class Photo:
 
     size: tuple[int, int] = (0, 0)  # width and height as sent
     pixels: int = 0  # that it counts for
-    image: Image.Image | None = None  # what an overlay is drawn on
+    image: Image.Image | None = None  # to be decoded, then what an overlay is drawn on
     x: torch.Tensor | None = None  # float32 (channels, height, width), as the model takes it
     output: np.ndarray | None = None  # what the model made of it: see runtime.decode
     answer: dict | None = None
@@ -61,10 +64,17 @@ class Handler:
         """Load the model in `folder`, which holds what the export wrote."""
         self.config = read_config(folder)
         self.preprocessor = Preprocessor(self.config)
+        self.threads = ThreadPoolExecutor(torch.get_num_threads())
         self.model = runtime.load(self.config, folder, device)
 
     def preprocess(self, fields: dict, accept: str = "") -> Job:
         """The request in `fields`, the body or the fields of a form, and its photos as tensors."""
+        job = self.read(fields, accept)
+        self.decode([job])
+        return job
+
+    def read(self, fields: dict, accept: str) -> Job:
+        """The request, and of its photos the headers: their pixels together have a limit."""
         try:
             request = protocol.read_request(fields, accept)
         except Exception as error:
@@ -72,23 +82,30 @@ class Handler:
         job = Job(request, [Photo() for _ in request.instances])
         for photo, instance in zip(job.photos, request.instances, strict=True):
             try:
-                self.read_photo(photo, instance, job)
+                photo.image = self.preprocessor.identify(protocol.read_instance(instance))
+                pixels = self.preprocessor.counted_pixels(photo.image.size)
+                if pixels + sum(other.pixels for other in job.photos) > self.preprocessor.max_pixels:
+                    raise protocol.too_large(f"photos of one request: over {self.preprocessor.max_pixels} pixels")
+                photo.size, photo.pixels = photo.image.size, pixels
             except Exception as error:
                 photo.error = protocol.rejection(error)
         return job
 
-    def read_photo(self, photo: Photo, instance, job: Job) -> None:
-        """Fill in `photo` from its instance of the request, whose photos together have a limit of pixels."""
-        image = self.preprocessor.identify(protocol.read_instance(instance))
-        pixels = self.preprocessor.counted_pixels(image.size)
-        if pixels + sum(other.pixels for other in job.photos) > self.preprocessor.max_pixels:
-            raise protocol.too_large(f"the photos of one request have more than {self.preprocessor.max_pixels} pixels")
-        photo.size, photo.pixels = image.size, pixels
-        image = self.preprocessor.decode(image)
-        resized = self.preprocessor.resize(image)
-        photo.x = self.preprocessor.to_tensor(resized)
-        if job.request.format == "overlay":
-            photo.image = image if job.request.size == "original" else resized
+    def decode(self, jobs: list[Job]) -> None:
+        """Make tensors of photos. Several are decoded at a time: Pillow and torch let other threads run."""
+        photos = [(photo, job.request) for job in jobs for photo in job.photos if not photo.error]
+        list((self.threads.map if len(photos) > 1 else map)(lambda item: self.decode_photo(*item), photos))
+
+    def decode_photo(self, photo: Photo, request: protocol.Request) -> None:
+        try:
+            image = self.preprocessor.decode(photo.image)
+            resized = self.preprocessor.resize(image)
+            photo.x = self.preprocessor.to_tensor(resized)
+            photo.image = image if request.size == "original" else resized
+        except Exception as error:
+            photo.error = protocol.rejection(error)
+        if request.format != "overlay":
+            photo.image = None
 
     def inference(self, photos: list[Photo]) -> None:
         """Set the output of each photo, or its error. Photos of one shape go through the model together."""
@@ -143,7 +160,8 @@ class Handler:
     def handle(self, requests: list[dict], context) -> list[bytes]:
         """A dynamic batch of requests in, as many answers out; the time of each step goes into the metrics."""
         times = [time.perf_counter()]
-        jobs = [self.preprocess(fields, header(context, i, "accept")) for i, fields in enumerate(requests)]
+        jobs = [self.read(fields, header(context, i, "accept")) for i, fields in enumerate(requests)]
+        self.decode(jobs)
         times.append(time.perf_counter())
         photos = [photo for job in jobs for photo in job.photos if not photo.error]
         self.inference(photos)
@@ -165,27 +183,6 @@ def header(context, i: int, name: str) -> str:
     """The header `name` of request `i`, or "". Clients write header names in any case."""
     headers = {key.lower(): value for key, value in context.get_all_request_header(i).items()}
     return headers[name] if isinstance(headers.get(name), str) else ""
-
-
-def observe(context, name: str, value: float) -> None:
-    """Add `value` to the histogram `name` on TorchServe's metrics address."""
-    from ts.metrics.metric_type_enum import MetricTypes  # there when TorchServe runs this
-
-    context.metrics.add_metric(name, round(value, 6), "count", dimensions=[], metric_type=MetricTypes.HISTOGRAM)
-
-
-def log_errors(context, i: int, response: protocol.Response, errors: list[protocol.Rejected]) -> None:
-    """One line in the log for request `i`, with the stack of a fault of our own; a count per error in the metrics."""
-    from ts.metrics.dimension import Dimension
-
-    if errors:
-        reasons = ", ".join(sorted({f"{error.type}: {error.message}" for error in errors}))
-        fault = next((error.__cause__ for error in errors if error.__cause__), None)
-        logger.warning(
-            "request %s answered with %d: %s", context.get_request_id(i), response.status, reasons, exc_info=fault
-        )
-    for error in errors:
-        context.metrics.add_counter("rejected_inputs", 1, dimensions=[Dimension("Reason", error.type)])
 
 
 _handler = Handler()

@@ -324,7 +324,7 @@ def activation(act_cls: str | Sequence) -> nn.Module:
 
 
 def resize_to(x: Tensor, target: Tensor) -> Tensor:
-    """`x` at the height and width of `target`, by nearest neighbour."""
+    """`x` at the height and width of `target`, by nearest neighbor."""
     if x.shape[-2:] != target.shape[-2:]:
         x = F.interpolate(x, target.shape[-2:], mode="nearest")
     return x

@@ -1,6 +1,7 @@
 """Processes and ports of this machine: start a server so that it never outlives its parent, find a free port."""
 
 import contextlib
+import functools
 import math
 import os
 import signal
@@ -24,6 +25,16 @@ def cores() -> int:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         available = min(available, max(1, math.ceil(int(quota) / int(period))))
     return available
+
+
+@functools.cache
+def gpus() -> int:
+    """The number of GPUs that PyTorch can use. It is asked only where there is a driver: importing it takes seconds."""
+    if not any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg", "/proc/driver/nvidia/version"))):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def free_ports(n: int) -> list[int]:

@@ -17,17 +17,20 @@ import torch
 from torch import Tensor
 
 if __package__:
+    from . import gpu_runtime
     from .config import Config
     from .model import DynamicUnetDIY
     from .openvino_runtime import load_openvino
 else:  # in the archive, where the files lie side by side
+    import gpu_runtime
     from config import Config
     from model import DynamicUnetDIY
     from openvino_runtime import load_openvino
 
 logger = logging.getLogger(__name__)
 
-PRECISIONS = {"eager": ("fp32",), "openvino": ("fp32", "bf16", "int8")}  # by runtime
+# By runtime, the default first. What is eager's is for a GPU, auto being what answers as fp32 there; a CPU has fp32.
+PRECISIONS = {"eager": ("auto", "fp32", "fp16", "bf16"), "openvino": ("fp32", "bf16", "int8")}
 ACTIVATIONS = {"softmax": lambda x: x.softmax(dim=1), "sigmoid": torch.sigmoid, None: lambda x: x}
 Predict = Callable[[Tensor], Tensor]  # float32 (N, channels, H, W) to what `decode` returns
 
@@ -49,6 +52,7 @@ def load(config: Config, folder: Path | str, device: torch.device | None = None)
         FileNotFoundError: `folder` lacks the model's file.
     """
     check_runtime(config.runtime, config.precision)
+    device, precision = device or torch.device("cpu"), config.precision
     if config.exported_with.get("torch", torch.__version__).split(".")[:2] != torch.__version__.split(".")[:2]:
         exported = config.exported_with["torch"]
         logger.warning(
@@ -58,12 +62,13 @@ def load(config: Config, folder: Path | str, device: torch.device | None = None)
         import_optional("openvino")
         predict = load_openvino(Path(folder, "fastunet.xml"), torch.get_num_threads(), config.precision)
         torch.set_num_threads(1)  # torch only makes tensors here: its threads would spin beside OpenVINO's
+    elif device.type == "cuda":
+        model, shape = Model(config, folder, exact=precision == "fp32"), (config.n_in, *config.img_size)
+        predict, precision = gpu_runtime.load(model, shape, device, precision, not config.keeps_photo_size)
     else:
-        predict = eager(config, folder, device or torch.device("cpu"))
+        predict, precision = eager(config, folder, device), "fp32"
     predict(torch.zeros(1, config.n_in, *config.img_size))
-    logger.info(
-        "%s with %s in %s on %s", config.arch or config.model_file, config.runtime, config.precision, device or "cpu"
-    )
+    logger.info("%s with %s in %s on %s", config.arch or config.model_file, config.runtime, precision, device)
     return predict
 
 
@@ -75,13 +80,15 @@ def check_runtime(runtime: str, precision: str) -> None:
 
 
 def choose_device(gpu: int | None = None) -> torch.device:
-    """The GPU of that index, else the CPU; says so in the log where an NVIDIA driver is there and PyTorch finds no GPU.
+    """The GPU of that index (without one: the first), else the CPU.
+
+    The log says so where an NVIDIA driver is there and PyTorch finds no GPU.
 
     Raises:
         RuntimeUnavailable: there is no usable GPU, and the environment variable REQUIRE_GPU is 1.
     """
-    if gpu is not None and torch.cuda.is_available():
-        return torch.device(f"cuda:{gpu}")
+    if torch.cuda.is_available():
+        return torch.device(f"cuda:{gpu or 0}")
     if os.environ.get("REQUIRE_GPU") == "1":
         raise RuntimeUnavailable(f"REQUIRE_GPU=1, but PyTorch {torch.__version__} finds no GPU it can use")
     if Path("/proc/driver/nvidia/version").exists() or os.environ.get("NVIDIA_VISIBLE_DEVICES", "void") != "void":

@@ -24,8 +24,8 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from .archive import fetch, find_archive
-from .processes import cores, free_ports, reserve_port, started
+from .archive import fetch, find_archive, model_settings
+from .processes import cores, free_ports, gpus, reserve_port, started
 
 CONFIG = Path(__file__).with_name("config.properties")
 LOG_CONFIG = Path(__file__).with_name("log4j2.xml")
@@ -34,8 +34,8 @@ LOG_CONFIG = Path(__file__).with_name("log4j2.xml")
 def workers_and_threads() -> tuple[int, int]:
     """How many workers serve a model, and the threads of each: all cores are in use, and none by two.
 
-    One worker per core answers most requests a second; more than four mostly cost memory. TS_DEFAULT_WORKERS_PER_MODEL
-    sets another number; 0 is none.
+    One worker per GPU; without one, a worker per core answers most requests a second, and more than four mostly cost
+    memory. TS_DEFAULT_WORKERS_PER_MODEL sets another number; 0 is none.
 
     Raises:
         ValueError: that variable is no number.
@@ -43,7 +43,7 @@ def workers_and_threads() -> tuple[int, int]:
     workers = int(os.environ.get("TS_DEFAULT_WORKERS_PER_MODEL") or 0)
     if workers < 0:
         raise ValueError("TS_DEFAULT_WORKERS_PER_MODEL must not be negative")
-    workers = workers or min(cores(), 4)
+    workers = workers or gpus() or min(cores(), 4)
     return workers, max(1, cores() // workers)
 
 
@@ -82,6 +82,7 @@ def command(
 
     Raises:
         FileNotFoundError: `model_store` holds no such archive, or there is no Java or no TorchServe.
+        zipfile.BadZipFile: the archive is damaged.
         OSError: a port is taken; the message names it.
     """
     archive, name = find_archive(model_store, name)
@@ -100,6 +101,8 @@ def command(
         "TS_GRPC_MANAGEMENT_PORT": str(grpc_management),
         "TS_INITIAL_WORKER_PORT": str(worker),
         "TS_DEFAULT_WORKERS_PER_MODEL": str(workers),
+        "TS_NUMBER_OF_GPU": str(gpus()),
+        "TS_MODELS": model_settings(archive, name, batch_size=32 if gpus() else 4),
         "TS_DISABLE_TOKEN_AUTHORIZATION": str(not auth).lower(),
         "OMP_NUM_THREADS": str(threads),
     }
@@ -244,13 +247,21 @@ def open_when_ready(public: socket.socket, port: int, management_port: int, fold
     asyncio.run(listen())
 
 
+def cloud_port() -> str | None:
+    """The port that Cloud Run (PORT) or AI Platform (AIP_HTTP_PORT) asks for; None elsewhere.
+
+    Many set PORT for other ends, and the port is open to the outside: hence Cloud Run's other sign, K_SERVICE.
+    """
+    return os.environ.get("PORT" if "K_SERVICE" in os.environ else "AIP_HTTP_PORT")
+
+
 def parse_args(server: str | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m deployment.serve",
         description="Serve an archive, in the foreground, on loopback.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    in_cloud = os.environ.get("AIP_HTTP_PORT")  # a container of AI Platform: reachable from outside, on that port
+    in_cloud = cloud_port()  # in a container of theirs: reachable from outside
     parser.add_argument(
         "--server",
         choices=("torchserve", "uvicorn"),
@@ -317,7 +328,7 @@ def main(server: str | None = None) -> None:
             announce(url, key_file)
             serve_archive(find_archive(options["model_store"], name)[0], name, public, metrics_port, key_file)
             return
-        if "AIP_HTTP_PORT" in os.environ:  # AI Platform sends requests as soon as /ping says 200
+        if cloud_port():  # AI Platform sends requests as soon as /ping says 200
             public = reserve_port(options["host"], options["port"])
             options |= {"host": "127.0.0.1", "port": free_ports(1)[0]}
             behind = public, options["port"], options["management_port"], folder, name

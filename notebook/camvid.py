@@ -1,4 +1,4 @@
-"""The data of the tutorial: where it comes from, how it is checked and split, how it is scored and shown.
+"""The data of the tutorial: where it comes from, how it is checked and split, how it is shown.
 
 Everything here reads CamVid's layout, which deployment/export/dataset.py describes.
 """
@@ -12,19 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-from fastai.vision.all import (
-    DataBlock,
-    FlipItem,
-    ImageBlock,
-    IndexSplitter,
-    MaskBlock,
-    Metric,
-    Resize,
-    SegmentationDataLoaders,
-    URLs,
-    untar_data,
-)
+from fastai.vision.all import URLs, untar_data
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -138,13 +126,13 @@ def check_data(path: Path) -> None:
             )
         try:
             mask = Image.open(label)
-            stored, seen = np.array(mask), np.array(mask.convert("L"))  # fastai reads masks as 8-bit grey
+            stored, seen = np.array(mask), np.array(mask.convert("L"))  # fastai reads masks as 8-bit gray
             photo_size = Image.open(photo).convert("RGB").size
         except OSError as e:
             raise DataError(f"{photo.name} or labels/{label.name} cannot be read: {e}. Replace the file.") from e
         if not np.array_equal(stored, seen):
             raise DataError(
-                f"labels/{label.name} is a picture of mode {mask.mode}. A mask is an 8-bit grey PNG (mode L) whose "
+                f"labels/{label.name} is a picture of mode {mask.mode}. A mask is an 8-bit gray PNG (mode L) whose "
                 "pixels are class indices; save it as one."
             )
         if mask.size != photo_size:
@@ -196,56 +184,6 @@ def split_files(path: Path) -> tuple[list[Path], list[Path]]:
             "validate on. Both are needed: list some, not all, of the photos in valid.txt, or take that file away."
         )
     return train, valid
-
-
-# --- what the learner needs ---
-
-
-def dataloaders(path: Path, bs: int = 8, size: tuple[int, int] = SIZE) -> SegmentationDataLoaders:
-    """Batches of photos, float (bs, 3, *size) in 0..1, and masks, int64 (bs, *size).
-
-    A photo of any size is squeezed to `size` (height, width), when the model trains and when it is served.
-    """
-    train, valid = split_files(path)
-    block = DataBlock(
-        blocks=(ImageBlock, MaskBlock(codes=np.array(read_codes(path)))),
-        splitter=IndexSplitter(range(len(train), len(train) + len(valid))),
-        get_y=label_of,
-        item_tfms=[Resize(size, method="squish"), FlipItem()],  # a street seen in a mirror is a street
-    )
-    return SegmentationDataLoaders.from_dblock(block, train + valid, path=path, bs=bs, num_workers=0)
-
-
-def void_index(codes: Sequence[str]) -> int | None:
-    """The index of the class called void, by its name, or None: in CamVid's 12 classes it is 11, in its 32 it is 30."""
-    return next((i for i, code in enumerate(codes) if code.lower() == "void"), None)
-
-
-class PixelAccuracy(Metric):
-    """The share of pixels whose class is right, over the whole validation set, the void class left out.
-
-    A class, since fastai averages a function over batches, which weighs a pixel more where a batch holds more void.
-    """
-
-    def __init__(self, codes: Sequence[str]):
-        self.void = void_index(codes)
-        self.reset()
-
-    def reset(self):
-        self.right = self.total = 0
-
-    def accumulate(self, learn):
-        counted = learn.y != self.void if self.void is not None else torch.ones_like(learn.y, dtype=torch.bool)
-        self.right += (learn.pred.argmax(dim=1) == learn.y)[counted].sum().item()
-        self.total += counted.sum().item()
-
-    @property
-    def value(self) -> float | None:
-        return self.right / self.total if self.total else None
-
-    @property
-    def name(self) -> str:
-        return "pixel_accuracy"
 
 
 # --- what the reader sees ---

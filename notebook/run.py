@@ -6,14 +6,17 @@ without it their outputs are written into the originals.
 """
 
 import argparse
+import hashlib
 import logging
 import os
 import sys
 import tempfile
+from modulefinder import ModuleFinder
 from pathlib import Path
 
 import nbformat
 import papermill
+from IPython.core.inputtransformer2 import TransformerManager
 from papermill.exceptions import PapermillExecutionError
 
 HERE = Path(__file__).parent
@@ -45,6 +48,20 @@ def report(executed: nbformat.NotebookNode) -> str:
     return "".join(o.text for c in cells for o in c.outputs if o.output_type == "stream" and o.name == "stdout")
 
 
+def source_hash(notebook: nbformat.NotebookNode) -> str:
+    """A hash of the code in `notebook` and in the modules of this repository that it imports.
+
+    It is kept with the outputs, so that a test sees when they are older than the code.
+    """
+    cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    code = "\n".join(TransformerManager().transform_cell(source) for source in cells)
+    finder = ModuleFinder([str(HERE.parent), str(HERE)], excludes=["tests"])  # no package, which it cannot follow
+    finder.scan_code(compile(code, "notebook", "exec"), finder.add_module("__main__"))
+    files = sorted(module.__file__ for module in finder.modules.values() if module.__file__)
+    sources = [source.encode() for source in cells] + [Path(file).read_bytes() for file in files]
+    return hashlib.sha256(b"\0".join(sources)).hexdigest()
+
+
 def write_outputs(executed: nbformat.NotebookNode, notebook: Path) -> None:
     """Replace `notebook` by `executed`, less what the run itself added: parameters, times, and whose home it was in."""
     executed.metadata.pop("papermill", None)
@@ -56,6 +73,7 @@ def write_outputs(executed: nbformat.NotebookNode, notebook: Path) -> None:
                 output.execution_count = count
             if output.output_type == "stream":
                 output.text = output.text.replace(f"{Path.home()}/", "~/")
+    executed.metadata["sources"] = source_hash(executed)
     for cell in executed.cells:
         for added in ("papermill", "execution"):
             cell.metadata.pop(added, None)

@@ -2,8 +2,8 @@
 
 A scene is a small world in metres (x to the right, y up, z away from the camera) that is projected through a
 pinhole camera and painted from far to near, four times larger than needed. Each stroke goes into the picture and,
-with the index of its class, into the mask. Walls, cars, signs, fences and clothes share one set of colours, so that
-a network has to learn what things look like and where they stand, not which colour they have. Poles, signs, fences
+with the index of its class, into the mask. Walls, cars, signs, fences and clothes share one set of colors, so that
+a network has to learn what things look like and where they stand, not which color they have. Poles, signs, fences
 and people cover some four percent of the pictures; in CamVid they cover five.
 """
 
@@ -76,56 +76,56 @@ class Canvas:
         """The pixel of a point given in metres."""
         return (self.cx + self.focal * (x - self.eye_x) / z, self.horizon - self.focal * (y - self.eye_y) / z)
 
-    def colour(self, colour, z, light=1.0):
-        """What is left of a colour at distance z: tinted by the sun, paled by the air."""
+    def color(self, color, z, light=1.0):
+        """What is left of a color at distance z: tinted by the sun, paled by the air."""
         clear = exp(-z / 110)
         return tuple(
             int(min(v * tint * light, 255) * clear + air * (1 - clear))
-            for v, tint, air in zip(colour, self.sun, self.haze, strict=True)
+            for v, tint, air in zip(color, self.sun, self.haze, strict=True)
         )
 
-    def fill(self, points, colour, name, light=1.0):
+    def fill(self, points, color, name, light=1.0):
         """A polygon through points in metres."""
         z = sum(p[2] for p in points) / len(points)
         pixels = [self.at(*p) for p in points]
-        self.pens[0].polygon(pixels, self.colour(colour, z, light))
+        self.pens[0].polygon(pixels, self.color(color, z, light))
         self.pens[1].polygon(pixels, CODES.index(name))
 
-    def disc(self, x, y, z, rx, ry, colour, name, light=1.0):
+    def disc(self, x, y, z, rx, ry, color, name, light=1.0):
         """An ellipse that faces the camera; radii in metres."""
         (u0, v0), (u1, v1) = self.at(x - rx, y + ry, z), self.at(x + rx, y - ry, z)
         box = [u0, v0, max(u1, u0 + 1), max(v1, v0 + 1)]
-        self.pens[0].ellipse(box, self.colour(colour, z, light))
+        self.pens[0].ellipse(box, self.color(color, z, light))
         self.pens[1].ellipse(box, CODES.index(name))
 
-    def line(self, points, z, width, colour, name, light=1.0):
+    def line(self, points, z, width, color, name, light=1.0):
         """A stroke of a width in metres, at least one pixel of the finished picture, that faces the camera."""
         pixels = [self.at(x, y, z) for x, y in points]
         width = max(round(self.focal * width / z), self.w // 128, 1)
-        self.pens[0].line(pixels, self.colour(colour, z, light), width, joint="curve")
+        self.pens[0].line(pixels, self.color(color, z, light), width, joint="curve")
         self.pens[1].line(pixels, CODES.index(name), width, joint="curve")
 
-    def front(self, x0, x1, y0, y1, z, colour, name, light=1.0):
+    def front(self, x0, x1, y0, y1, z, color, name, light=1.0):
         """A rectangle that faces the camera."""
-        self.fill([(x0, y0, z), (x1, y0, z), (x1, y1, z), (x0, y1, z)], colour, name, light)
+        self.fill([(x0, y0, z), (x1, y0, z), (x1, y1, z), (x0, y1, z)], color, name, light)
 
-    def side(self, x, z0, z1, y0, y1, colour, name, light=1.0):
+    def side(self, x, z0, z1, y0, y1, color, name, light=1.0):
         """A rectangle along the street, such as a wall beside it."""
-        self.fill([(x, y0, z0), (x, y0, z1), (x, y1, z1), (x, y1, z0)], colour, name, light)
+        self.fill([(x, y0, z0), (x, y0, z1), (x, y1, z1), (x, y1, z0)], color, name, light)
 
-    def flat(self, x0, x1, z0, z1, colour, name, light=1.0, y=0.0):
+    def flat(self, x0, x1, z0, z1, color, name, light=1.0, y=0.0):
         """A rectangle that lies flat, such as the road."""
-        self.fill([(x0, y, z0), (x1, y, z0), (x1, y, z1), (x0, y, z1)], colour, name, light)
+        self.fill([(x0, y, z0), (x1, y, z0), (x1, y, z1), (x0, y, z1)], color, name, light)
 
-    def box(self, x0, x1, y0, y1, z0, z1, colour, name):
+    def box(self, x0, x1, y0, y1, z0, z1, color, name):
         """A box: the faces of it that the camera sees, the one that looks to the sun brighter than the other."""
         if y1 < self.eye_y:
-            self.flat(x0, x1, z0, z1, colour, name, 1.12, y=y1)
+            self.flat(x0, x1, z0, z1, color, name, 1.12, y=y1)
         if x0 > self.eye_x:
-            self.side(x0, z0, z1, y0, y1, colour, name, 1.0 if self.sun_side < 0 else 0.72)
+            self.side(x0, z0, z1, y0, y1, color, name, 1.0 if self.sun_side < 0 else 0.72)
         elif x1 < self.eye_x:
-            self.side(x1, z0, z1, y0, y1, colour, name, 1.0 if self.sun_side > 0 else 0.72)
-        self.front(x0, x1, y0, y1, z0, colour, name, 0.86)
+            self.side(x1, z0, z1, y0, y1, color, name, 1.0 if self.sun_side > 0 else 0.72)
+        self.front(x0, x1, y0, y1, z0, color, name, 0.86)
 
     def shadow(self, x0, x1, z0, z1, reach):
         """The shadow on the ground of a thing that stands on x0..x1, z0..z1 and is about `reach` metres high."""
@@ -229,14 +229,14 @@ def terrace(c, rng, side, edge):
         c.side(wall_x, z0, z1, height - 0.3, height, wall, "Building", 1.15)
         c.side(wall_x, z0, z1, 0, 0.4, wall, "Building", 0.7)
         if shop:
-            colour = pick(rng, PAINT)
+            color = pick(rng, PAINT)
             c.side(wall_x, z0 + 0.5, z1 - 0.5, 0.3, 2.5, (70, 84, 96), "Building")
             stripes = max(2, int((z1 - z0) / 0.8))
             for i in range(stripes):  # the awning
                 a, b = (z0 + (z1 - z0) * (i + k) / stripes for k in (0, 1))
                 c.fill(
                     [(wall_x, 3.1, a), (wall_x, 3.1, b), (wall_x - side * 0.9, 2.5, b), (wall_x - side * 0.9, 2.5, a)],
-                    colour if i % 2 else (244, 240, 232),
+                    color if i % 2 else (244, 240, 232),
                     "Building",
                 )
         else:
@@ -333,14 +333,14 @@ def houses(c, rng, side, edge):
 def park(c, rng, side, edge):
     """A lawn with trees behind railings."""
     c.flat(*sorted((side * edge, side * 80)), NEAR, 130, pick(rng, LEAVES[:3]), "Tree")
-    colour = pick(rng, PAINT)
+    color = pick(rng, PAINT)
 
     def railing(z0, z1):
         x = side * edge
-        c.side(x, z0, z1, 0.1, 1.15, colour, "Fence", 0.8)
-        c.side(x, z0, z1, 1.0, 1.25, colour, "Fence", 1.1)
+        c.side(x, z0, z1, 0.1, 1.15, color, "Fence", 0.8)
+        c.side(x, z0, z1, 1.0, 1.25, color, "Fence", 1.1)
         for post in np.arange(z0, z1, 0.45):
-            c.side(x, post, post + 0.18, 0, 1.3, colour, "Fence", 1.05)
+            c.side(x, post, post + 0.18, 0, 1.3, color, "Fence", 1.05)
 
     things = [
         (z, tree, (c, rng, side * (edge + rng.uniform(1.5, 22)), z, rng.uniform(4, 9))) for z in rng.uniform(5, 80, 22)
@@ -371,45 +371,45 @@ def tree(c, rng, x, z, height):
 
 def lamp(c, rng, x, z, towards):
     """A street lamp whose arm reaches over the road."""
-    grey, height = pick(rng, [(70, 74, 78), (120, 124, 124), (58, 78, 66)]), rng.uniform(5, 7)
+    gray, height = pick(rng, [(70, 74, 78), (120, 124, 124), (58, 78, 66)]), rng.uniform(5, 7)
     c.shadow(x - 0.08, x + 0.08, z, z + 0.2, height)
     c.line(
         [(x, 0), (x, height), (x + towards * 0.5, height + 0.3), (x + towards * 1.3, height + 0.3)],
         z,
         0.13,
-        grey,
+        gray,
         "Pole",
     )
-    c.line([(x, 0), (x, 0.9)], z, 0.24, grey, "Pole")
+    c.line([(x, 0), (x, 0.9)], z, 0.24, gray, "Pole")
     c.disc(x + towards * 1.4, height + 0.22, z, 0.4, 0.14, (252, 226, 160) if c.lit > 0.5 else (226, 226, 220), "Pole")
 
 
 def sign(c, rng, x, z):
     """A traffic sign on a pole: a disc, a triangle, a board or a traffic light."""
-    kind, colour, height = rng.integers(4), pick(rng, PAINT), rng.uniform(2.2, 2.8)
+    kind, color, height = rng.integers(4), pick(rng, PAINT), rng.uniform(2.2, 2.8)
     c.line([(x, 0), (x, height)], z, 0.1, (128, 130, 132), "Pole")
     white, y = (242, 242, 240), height + 0.3
     if kind == 0:
-        c.disc(x, y, z, 0.42, 0.42, colour, "SignSymbol")
+        c.disc(x, y, z, 0.42, 0.42, color, "SignSymbol")
         c.disc(x, y, z, 0.3, 0.3, white, "SignSymbol")
         c.front(x - 0.2, x + 0.2, y - 0.06, y + 0.06, z, (50, 50, 54), "SignSymbol")
     elif kind == 1:
-        c.fill([(x - 0.52, y - 0.4, z), (x + 0.52, y - 0.4, z), (x, y + 0.5, z)], colour, "SignSymbol")
+        c.fill([(x - 0.52, y - 0.4, z), (x + 0.52, y - 0.4, z), (x, y + 0.5, z)], color, "SignSymbol")
         c.fill([(x - 0.3, y - 0.28, z), (x + 0.3, y - 0.28, z), (x, y + 0.24, z)], white, "SignSymbol")
     elif kind == 2:
         c.front(x - 0.7, x + 0.7, y - 0.4, y + 0.45, z, white, "SignSymbol")
-        c.front(x - 0.62, x + 0.62, y - 0.32, y + 0.37, z, colour, "SignSymbol")
+        c.front(x - 0.62, x + 0.62, y - 0.32, y + 0.37, z, color, "SignSymbol")
         c.front(x - 0.45, x + 0.45, y - 0.02, y + 0.1, z, white, "SignSymbol")
     else:
         c.front(x - 0.24, x + 0.24, y - 0.6, y + 0.6, z, (44, 46, 50), "SignSymbol")
         on = rng.integers(3)
-        for i, lamp_colour in enumerate([(70, 200, 110), (250, 190, 60), (236, 60, 50)]):
-            c.disc(x, y - 0.37 + 0.37 * i, z, 0.15, 0.15, lamp_colour, "SignSymbol", 1.1 if i == on else 0.3)
+        for i, lamp_color in enumerate([(70, 200, 110), (250, 190, 60), (236, 60, 50)]):
+            c.disc(x, y - 0.37 + 0.37 * i, z, 0.15, 0.15, lamp_color, "SignSymbol", 1.1 if i == on else 0.3)
 
 
 def car(c, rng, x, z, oncoming):
     """A car or a van, seen from behind or, if it is oncoming, from the front."""
-    colour, glass = pick(rng, PAINT), (58, 70, 84)
+    color, glass = pick(rng, PAINT), (58, 70, 84)
     van = rng.random() < 0.2
     half, length, roof = (0.95, 4.9, 2.1) if van else (0.86, 4.0, 1.48)
     waist = 1.15 if van else 0.88
@@ -418,7 +418,7 @@ def car(c, rng, x, z, oncoming):
     c.pens[2].polygon([c.at(u, 0, v) for u, v in [(x - half, z), (x + half, z), (x + half, z1), (x - half, z1)]], 255)
     for u in (x - half + 0.12, x + half - 0.12):
         c.front(u - 0.12, u + 0.12, 0, 0.5, z + 0.3, (34, 34, 38), "Car")
-    c.box(x - half, x + half, 0.25, waist, z, z1, colour, "Car")
+    c.box(x - half, x + half, 0.25, waist, z, z1, color, "Car")
     flank = x - half if x - half > c.eye_x else x + half if x + half < c.eye_x else None
     if flank is not None:
         for wheel in (z + 0.75, z1 - 0.8):
@@ -428,13 +428,13 @@ def car(c, rng, x, z, oncoming):
     # the cabin narrows towards the roof, and stands away from the boot or the bonnet
     back, front = z + (0.1 if van else 1.2 if oncoming else 0.5), z1 - (0.5 if van else 1.2)
     inner, slope = half - 0.14, 0.15 if van else 0.55
-    c.flat(x - inner, x + inner, back + slope, front - slope, colour, "Car", 1.12, y=roof)
+    c.flat(x - inner, x + inner, back + slope, front - slope, color, "Car", 1.12, y=roof)
     if flank is not None:
         s = np.sign(flank - x)
         lower, upper = x + s * (half - 0.03), x + s * inner
         c.fill(
             [(lower, waist, back), (lower, waist, front), (upper, roof, front - slope), (upper, roof, back + slope)],
-            colour,
+            color,
             "Car",
             0.9,
         )
@@ -459,7 +459,7 @@ def car(c, rng, x, z, oncoming):
             (x + inner, roof, back + slope),
             (x - inner, roof, back + slope),
         ],
-        colour,
+        color,
         "Car",
         0.86,
     )
@@ -562,10 +562,10 @@ def cyclist(c, rng, x, z):
 
 def bin_(c, rng, x, z):
     """A wheelie bin: one of the many things in a street that none of the classes names."""
-    colour = pick(rng, PAINT)
+    color = pick(rng, PAINT)
     c.shadow(x - 0.3, x + 0.3, z, z + 0.6, 1.0)
-    c.box(x - 0.3, x + 0.3, 0, 1.0, z, z + 0.6, colour, "Void")
-    c.box(x - 0.34, x + 0.34, 1.0, 1.1, z - 0.05, z + 0.65, np.array(colour) * 0.7, "Void")
+    c.box(x - 0.3, x + 0.3, 0, 1.0, z, z + 0.6, color, "Void")
+    c.box(x - 0.34, x + 0.34, 1.0, 1.1, z - 0.05, z + 0.65, np.array(color) * 0.7, "Void")
 
 
 def draw_scene(seed: int, size: tuple[int, int] = (96, 128)) -> tuple[Image.Image, Image.Image]:
@@ -601,8 +601,8 @@ def draw_scene(seed: int, size: tuple[int, int] = (96, 128)) -> tuple[Image.Imag
         if row is terrace and side == c.sun_side:
             c.shadow(*sorted((side * edge, side * (edge + 1))), NEAR, 95, rng.uniform(3, 9))
 
-    grey = rng.uniform(80, 118)
-    road, slab = (grey, grey, grey + rng.uniform(0, 8)), np.array((172, 166, 158)) * rng.uniform(0.92, 1.14)
+    gray = rng.uniform(80, 118)
+    road, slab = (gray, gray, gray + rng.uniform(0, 8)), np.array((172, 166, 158)) * rng.uniform(0.92, 1.14)
     c.flat(-half, half, NEAR, 130, road, "Road")
     for side in (-1, 1):
         x0, x1 = sorted((side * half, side * edge))
@@ -655,9 +655,9 @@ def draw_scene(seed: int, size: tuple[int, int] = (96, 128)) -> tuple[Image.Imag
     for _, paint_thing, what in sorted(things, key=lambda t: -t[0]):
         paint_thing(*what)
     if rng.random() < 0.25:  # the bonnet of the car that carries the camera
-        colour = np.array(pick(rng, PAINT)) * c.sun * 0.8
+        color = np.array(pick(rng, PAINT)) * c.sun * 0.8
         box = [c.w * 0.08, c.h * rng.uniform(0.9, 0.94), c.w * 0.92, c.h * 1.2]
-        c.pens[0].ellipse(box, tuple(int(v) for v in np.clip(colour, 0, 255)))
+        c.pens[0].ellipse(box, tuple(int(v) for v in np.clip(color, 0, 255)))
         c.pens[1].ellipse(box, CODES.index("Void"))
     return finish(c, rng, size, scale)
 

@@ -12,6 +12,7 @@ from google.oauth2.credentials import Credentials
 from PIL import Image
 
 from deployment import ai_platform
+from deployment.ai_platform import jobs
 from deployment.ai_platform.__main__ import main, remedy
 from tests.conftest import CODES, draw_photo, encoded
 from tests.vertex_stand_in import vertex_ai
@@ -40,17 +41,25 @@ def reference(predict):
     return lambda version, photo: (predict(photo) + (version == "2")) % len(CODES)
 
 
-def test_canary_from_upload_to_clean_up(service, photos, reference, tmp_path):
+def test_canary_from_upload_to_clean_up(service, photos, reference, tmp_path, capsys):
     def served(version: str) -> bool:
         masks = [ai_platform.mask(ai_platform.predict([photo])[0]) for photo in photos]
         return np.array_equal(masks, [reference(version, photo) for photo in photos])
 
     assert ai_platform.upload(f"{IMAGE}:1").version_id == "1"
     endpoint = ai_platform.deploy(max_replicas=3, target=70, log_to="bq://local-project.logs.requests", log_rate=0.1)
+    assert endpoint.dedicated_endpoint_enabled
+    service.calls.clear()
     assert served("1")
+    assert "ListEndpoints" not in service.calls[1:]  # looked up once, for all photos
+    assert ai_platform.deploy().resource_name == endpoint.resource_name
+    assert len(service.containers) == 1  # no second machine for the same version
+    with pytest.raises(ValueError, match="deployed with 100 % of the traffic"):
+        ai_platform.deploy(share=50)
 
     assert ai_platform.upload(f"{IMAGE}:2").version_id == "2"
-    assert ai_platform.deploy(accelerator="T4").resource_name == endpoint.resource_name
+    assert ai_platform.deploy(accelerator="T4", spot=True).resource_name == endpoint.resource_name
+    assert "uploaded as an image for the CPU" in capsys.readouterr().out
     assert served("1")  # deployed without traffic
     files = [tmp_path / f"{i}.png" for i in range(2)]
     for file, photo in zip(files, photos, strict=False):
@@ -75,7 +84,7 @@ def test_canary_from_upload_to_clean_up(service, photos, reference, tmp_path):
     with pytest.raises(ValueError, match="version 1 is not deployed"):
         ai_platform.traffic({"1": 100})
     described = ai_platform.overview()
-    assert "version 2  100 % of traffic  n1-standard-4 + NVIDIA_TESLA_T4  1 to 1 replica(s)" in described
+    assert "version 2  100 % of traffic  n1-standard-4 + NVIDIA_TESLA_T4  1 to 1 replica(s), Spot" in described
     log = endpoint.gca_resource.predict_request_response_logging_config
     assert log.enabled and log.sampling_rate == pytest.approx(0.1)
 
@@ -91,36 +100,83 @@ def test_large_photos_need_a_dedicated_endpoint(service, next_version, reference
         f"{IMAGE}:empty", name="large", artifacts="gs://local-bucket/v2"
     )  # fetched at the server's start
     large = encoded(Image.fromarray(np.random.default_rng(1).integers(0, 256, (700, 800, 3), np.uint8)))
-    endpoint = aiplatform.Endpoint.create(display_name="large")
+    endpoint = ai_platform.deploy("large", shared=True)
     with pytest.raises(ValueError, match="2.24 MB, and this endpoint takes 1.5 MB"):
         ai_platform.predict([large], name="large")
     with pytest.raises(exceptions.InvalidArgument, match="payload size"):
         endpoint.predict(ai_platform.request_body([large])["instances"])
-    with pytest.raises(ValueError, match="shared one already"):
-        ai_platform.deploy("large", dedicated=True)
-    endpoint.delete()
+    endpoint.delete(force=True)
+    with pytest.raises(exceptions.NotFound):
+        ai_platform.predict([b""], name="large")
 
-    ai_platform.deploy("large", dedicated=True)
+    ai_platform.deploy("large", min_replicas=0, max_replicas=2)  # scale to zero, by v1beta1
+    assert "n1-standard-4  0 to 2 replica(s)" in ai_platform.overview("large")
+    with pytest.raises(ValueError, match="dedicated one already"):
+        ai_platform.deploy("large", shared=True)
+    with pytest.raises(ValueError, match="do not go together"):
+        ai_platform.deploy("large", min_replicas=0, spot=True)
+    with pytest.raises(exceptions.InvalidArgument, match="no instance is good"):  # what the SDK calls a ValueError
+        ai_platform.predict([b"no photo"], name="large")
     answer = ai_platform.predict([large], name="large")
     assert np.array_equal(ai_platform.mask(answer[0]), reference("2", large))
     ai_platform.delete("large")
 
 
-def test_batch_from_and_to_cloud_storage(service, photos, reference, tmp_path, monkeypatch):
+def test_batch_of_large_photos(service, predict, tmp_path, monkeypatch, capsys):
+    """64 photos of two megapixels are more than one request may hold, and one file is no photo."""
     monkeypatch.setattr(aiplatform.jobs, "_JOB_WAIT_TIME", 0.5)  # seconds between the SDK's looks at the job
     ai_platform.upload(f"{IMAGE}:1", name="batch")
-    files = [tmp_path / f"{i}.png" for i in range(len(photos))]
-    for file, photo in zip(files, photos, strict=True):
-        file.write_bytes(photo)
-    folder = ai_platform.batch(files, "gs://local-bucket/out", name="batch", machine="n1-standard-2")
-    rows = list(ai_platform.batch_results(folder))
-    instances = ai_platform.request_body(photos)["instances"]
-    assert [row["instance"] for row in rows] == instances
-    for row, photo in zip(rows, photos, strict=True):
-        assert np.array_equal(ai_platform.mask(row["prediction"]), reference("1", photo))
+    files = [tmp_path / "photos" / f"{i:02}.png" for i in range(64)]
+    files[0].parent.mkdir()
+    for i, file in enumerate(files):
+        Image.new("RGB", (1920, 1080), (4 * i, 255 - 4 * i, i)).save(file, compress_level=1)
+    files[7].write_bytes(b"no photo")
+    command = ["batch", "--name=batch", "--to=gs://local-bucket/out", "--machine=n1-standard-2"]
+    with pytest.raises(SystemExit, match="1 of 64 photo"):
+        main([*command, *map(str, files)])
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [row["file"] for row in printed if "error" in row] == [str(files[7])]
+    [job] = service.jobs.values()
+    assert job.manual_batch_tuning_parameters.batch_size == 24  # 50 million pixels; the service's default is 64
+    assert job.completion_stats.successful_count == 64
+    rows = {row["instance"]["name"]: row for row in ai_platform.batch_results(job.output_info.gcs_output_directory)}
+    with pytest.raises(ValueError, match="got no mask: not an image"):
+        ai_platform.mask(rows[str(files[7])]["prediction"])
+    for file in (files[0], files[63]):
+        assert np.array_equal(ai_platform.mask(rows[str(file)]["prediction"]), predict(file.read_bytes()))
+
+    [source] = job.input_config.gcs_source.uris  # the same lines again, in requests that are too large
+    with pytest.raises(SystemExit, match="24 of 64 photo"):
+        main([*command, "--batch-size=48", "--format=png", f"--out={tmp_path / 'masks'}", source])
+    assert len(list((tmp_path / "masks").iterdir())) == 40
+    assert Image.open(tmp_path / "masks" / "00.png").size == (96, 64)
+
+    storage.Client().bucket("local-bucket").blob("two.jsonl").upload_from_string(
+        json.dumps(rows[str(files[7])]["instance"]) + "\n" + json.dumps(rows[str(files[0])]["instance"]) + "\n"
+    )
+    folder = ai_platform.batch(["gs://local-bucket/two.jsonl"], "gs://local-bucket/out", "batch", batch_size=1)
+    good, bad = ai_platform.batch_results(folder)  # a request that failed is in a file of its own
+    assert ai_platform.error_in(good) is None and "not an image" in ai_platform.error_in(bad)
+    with pytest.raises(FileNotFoundError, match="no gs://local-bucket/none.jsonl"):
+        ai_platform.batch(["gs://local-bucket/none.jsonl"], "gs://local-bucket/out", "batch")
     with pytest.raises(RuntimeError, match="404"):
-        ai_platform.batch(["gs://local-bucket/none.jsonl"], "gs://local-bucket/out", name="batch")
-    assert len(ai_platform.delete("batch")) == 3
+        ai_platform.batch(["gs://local-bucket/none.jsonl"], "gs://local-bucket/out", "batch", batch_size=1)
+    assert len(ai_platform.delete("batch")) == 5
+
+
+def test_lines_per_request():
+    def lines(*sizes, **options) -> int:
+        return jobs.lines_per_request(sizes, **options)
+
+    assert lines(*[(1000, 12_000)] * 100) == 64
+    assert lines(*[(1_000_000, 0)] * 100) == 19
+    assert lines(*[(1000, 2_000_000)] * 30, *[(1000, 1000)] * 100) == 25  # the worst that may come together
+    assert lines((1000, 60_000_000), (1000, 1000)) == 64  # refused by its header, alone
+    assert lines((1000, 3_000_000), (1000, 3_000_000), max_pixels=4_000_000) == 1
+    with pytest.raises(ValueError, match="larger than the container takes"):
+        lines((21_000_000, 1000))
+    with pytest.raises(ValueError, match="no photo"):
+        lines()
 
 
 def test_a_server_that_does_not_start_fails_the_deployment(service):
@@ -202,8 +258,22 @@ def test_commands_say_what_to_do(service, tmp_path, monkeypatch, capsys):
     assert "gcloud auth application-default login" in said("list")
 
 
-def test_quota_and_permission_advice():
-    assert "quotas preferences create" in remedy(exceptions.ResourceExhausted("quota"), "mine")
-    disabled = exceptions.PermissionDenied("Vertex AI API has not been used in project 1 before or it is disabled.")
-    assert remedy(disabled, "mine") == "gcloud services enable aiplatform.googleapis.com --project=mine"
-    assert "roles/aiplatform.user" in remedy(exceptions.PermissionDenied("no"), "mine")
+def test_advice_goes_by_class_and_reason(service, monkeypatch):
+    assert "quotas preferences create" in remedy(exceptions.ResourceExhausted("quota"), "deploy", "mine")
+    assert "again in some minutes" in remedy(exceptions.from_http_status(429, "not ready"), "predict")
+    assert "roles/aiplatform.user" in remedy(exceptions.PermissionDenied("no model, image or endpoint"), "list", "mine")
+    assert remedy(exceptions.NotFound("some image"), "predict") == "python -m deployment.ai_platform deploy"
+    monkeypatch.setattr(service, "disabled", True)
+    with pytest.raises(exceptions.PermissionDenied) as caught:  # its reason comes over the wire
+        ai_platform.upload(f"{IMAGE}:1", name="advice")
+    assert remedy(caught.value, "upload", "mine") == "gcloud services enable aiplatform.googleapis.com --project=mine"
+
+
+def test_the_sdk_is_quiet_unless_asked(service, capsys):
+    ai_platform.upload(f"{IMAGE}:1", name="quiet")
+    assert "Creating Model" not in capsys.readouterr().out
+    ai_platform.connect(verbose=True)
+    ai_platform.upload(f"{IMAGE}:1", name="quiet")
+    ai_platform.connect()
+    ai_platform.delete("quiet")
+    assert "Model created" in capsys.readouterr().out

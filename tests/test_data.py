@@ -5,17 +5,25 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
+import nbformat
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import camvid
-from camvid import DataError, PixelAccuracy, dataloaders, get_data, split_files, void_index
+from camvid import DataError, get_data, split_files
 from deployment.export.dataset import label_of, list_photos
 from scenes import CODES, draw_scene
+
+# Batches and metric are defined in notebook 01; a module of its cells makes them importable.
+modeling = sys.modules["modeling"] = ModuleType("modeling")
+for cell in nbformat.read(Path(camvid.__file__).with_name("01_U-net_Modelling.ipynb"), as_version=4).cells:
+    if "definition" in cell.metadata.get("tags", []):
+        exec(cell.source, modeling.__dict__)
+PixelAccuracy, dataloaders, void_index = modeling.PixelAccuracy, modeling.dataloaders, modeling.void_index
 
 
 @pytest.fixture(scope="session")
@@ -85,8 +93,8 @@ def test_every_class_appears_and_masks_hold_class_indices_only(scenes_folder):
     assert share.max() < 0.5, f"{CODES[share.argmax()]} covers {share.max():.0%}"
 
 
-def test_colour_alone_is_not_enough(scenes_folder):
-    """The best guess from a pixel's colour, learned on other scenes, stays well below the 0.85 of the U-Net."""
+def test_color_alone_is_not_enough(scenes_folder):
+    """The best guess from a pixel's color, learned on other scenes, stays well below the 0.85 of the U-Net."""
     (x, y), (x_valid, y_valid) = (arrays(scenes_folder, photos) for photos in split_files(scenes_folder))
     void = CODES.index("Void")
 
@@ -96,11 +104,11 @@ def test_colour_alone_is_not_enough(scenes_folder):
     counts = np.bincount(bins(x) * len(CODES) + y.ravel(), minlength=4096 * len(CODES)).reshape(4096, -1)
     counts[:, void] = 0
     counted = y_valid.ravel() != void
-    by_colour = (counts.argmax(1)[bins(x_valid)] == y_valid.ravel())[counted].mean()
+    by_color = (counts.argmax(1)[bins(x_valid)] == y_valid.ravel())[counted].mean()
     means = np.stack([x[y == k].mean(0) for k in range(len(CODES)) if k != void])
     distance = ((x_valid.reshape(-1, 1, 3).astype(np.float32) - means) ** 2).sum(2)
     by_nearest_mean = (distance.argmin(1) == y_valid.ravel())[counted].mean()
-    assert 0.3 < by_colour < 0.75, by_colour
+    assert 0.3 < by_color < 0.75, by_color
     assert by_nearest_mean < 0.6, by_nearest_mean
 
 
@@ -193,7 +201,7 @@ def test_what_is_wrong_is_said_before_any_training(folder, spoil, message):
 
 
 def test_a_palette_mask_that_fastai_would_misread_is_refused(folder):
-    """fastai opens masks as grey, which turns a palette's entry into the grey of its colour: silently other classes."""
+    """fastai opens masks as gray, which turns a palette's entry into the gray of its color: silently other classes."""
     mask = Image.fromarray(np.ones((24, 32), np.uint8))
     mask.putpalette([9, 9, 9, 2, 2, 2, 1, 1, 1])
     mask.save(folder / "labels" / "03_P.png")
@@ -305,7 +313,7 @@ def test_a_model_that_knows_the_answer_scores_one(folder):
 # --- the pictures ---
 
 
-def test_pictures_have_titles_and_the_names_of_the_colours(tmp_path, monkeypatch):
+def test_pictures_have_titles_and_the_names_of_the_colors(tmp_path, monkeypatch):
     import matplotlib.pyplot as plt
 
     monkeypatch.setattr(plt, "show", lambda: None)

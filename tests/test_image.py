@@ -157,6 +157,7 @@ def test_serves_and_stops(image, container, photos, reference):  # noqa: F811
         "deployment.serve",
         "--check",
     ]
+    assert image["Labels"]["torch_backend"] == "cpu"
     port, management = free_ports(2)
     url = f"http://127.0.0.1:{port}"
     process = container(image, management, AIP_HTTP_PORT=str(port))

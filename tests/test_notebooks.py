@@ -1,6 +1,7 @@
 """The notebooks as they are committed: clean runs from top to bottom, small, and free of any machine's traces."""
 
 import re
+import runpy
 from pathlib import Path
 
 import nbformat
@@ -41,3 +42,10 @@ def test_links_to_files_of_the_repository_hold(path):
     prose = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", prose):
         assert (path.parent / target).exists(), f"{path.name} links to {target}, which does not exist"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_outputs_are_those_of_todays_code(path):
+    source_hash = runpy.run_path(str(ROOT / "notebook" / "run.py"))["source_hash"]
+    notebook, _ = read(path)
+    assert notebook.metadata.get("sources") == source_hash(notebook), "run `make notebooks`"

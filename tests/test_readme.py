@@ -1,10 +1,13 @@
 """The README, done as it says: local commands in a copy of the repository, then the five steps with another learner.
 
 Blocks marked `bash` are run here, in order; blocks marked `shell` run long, or need a cloud project.
+Code that is shown is the repository's: `python tests/test_readme.py` writes it into the README anew.
 """
 
 import base64
 import contextlib
+import importlib
+import inspect
 import json
 import os
 import re
@@ -12,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -115,6 +119,24 @@ def test_the_tutorial_from_top_to_bottom(clone, tmp_path):
     assert Image.open(clone / "overlay.jpg").size == photo.size
 
 
+def with_todays_code(readme: str) -> str:
+    """`readme` with the methods that it shows as they are today, in the blocks that begin with a file and a class."""
+
+    def block(match: re.Match) -> str:
+        head, file, name, shown = match.groups()
+        cls = getattr(importlib.import_module(file.replace("/", ".")), name)
+        methods = [getattr(cls, method) for method in re.findall(r"^def (\w+)", shown, re.M)]
+        return head + "\n\n".join(textwrap.dedent(inspect.getsource(method)) for method in methods) + "```"
+
+    return re.sub(r"(```python\n# ([\w/]+)\.py, class (\w+)\n)(.*?)```", block, readme, flags=re.S)
+
+
+def test_the_code_shown_is_the_code():
+    shown = re.findall(r"^# [\w/]+\.py, class \w+\ndef (\w+)", README, re.M)
+    assert {"initialize", "preprocess", "inference", "postprocess"} <= set(shown)
+    assert with_todays_code(README) == README, "run `python tests/test_readme.py`"
+
+
 def test_five_steps_with_a_learner_of_somebody_else(clone, tmp_path):
     run(f'"{sys.executable}" tests/stranger.py "{tmp_path}/farm"', clone)
     shutil.copy(tmp_path / "farm/theirs.pkl", clone)
@@ -136,3 +158,8 @@ def test_places_named_in_the_readme_exist():
         assert re.search(rf"\b{name}\b", (ROOT / path).read_text()), f"{path} has no {name}"
     for path in re.findall(r"\]\((?!https?:|#)([^)#]+)", README):
         assert (ROOT / path).exists(), f"the README links to {path}, which does not exist"
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    (ROOT / "README.md").write_text(with_todays_code(README))

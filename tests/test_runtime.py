@@ -73,7 +73,7 @@ def test_decode_by_hand(activation, threshold, logits, expected):
 
 
 @pytest.mark.parametrize(
-    "choice", [("eager", "fp16"), ("openvino", "fp16"), ("compile", "fp32"), ("compile", "int8"), ("tensorrt", "fp32")]
+    "choice", [("eager", "int8"), ("openvino", "fp16"), ("compile", "fp32"), ("compile", "int8"), ("tensorrt", "fp32")]
 )
 def test_refuses_a_runtime_that_there_is_not(small_store, choice):
     config = dataclasses.replace(SMALL, runtime=choice[0], precision=choice[1])
@@ -166,6 +166,7 @@ def test_the_gpu_that_is_given_is_taken(no_gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("REQUIRE_GPU", "1")
     assert choose_device(1) == torch.device("cuda:1")
+    assert choose_device(None) == torch.device("cuda:0")  # TorchServe finds no nvidia-smi, PyTorch does find the GPU
 
 
 # --- OpenVINO ---

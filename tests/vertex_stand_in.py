@@ -5,11 +5,13 @@
 
 What is real here
   * the wire: gRPC over TLS with the SDK's own protobuf types, so that an unmodified google-cloud-aiplatform
-    talks to it; predictions on dedicated endpoints go over HTTPS, as they do with the service;
+    talks to it; predictions on dedicated endpoints go over HTTPS, as they do with the service; v1beta1 is v1 with
+    scale to zero;
   * the credentials: a service account's key file (GOOGLE_APPLICATION_CREDENTIALS) whose signed tokens are verified;
   * Cloud Storage: gcp-storage-emulator, spoken to by an unmodified google-cloud-storage;
   * prediction: deploying (or a batch job) starts the image's command, `python -m deployment.serve`, with the AIP_*
-    variables, waits for its health route, and sends it the JSON that the service would send.
+    variables, waits for its startup probe (run in /) and its health route, and sends it the JSON that the service
+    would send; a batch job sends 64 instances in one request unless the job says otherwise.
 
 What is not
   * An image is a name and the model store it would hold: nothing is pulled, isolated, or limited (test_image.py
@@ -47,10 +49,12 @@ import trustme
 from gcp_storage_emulator.server import create_server as create_storage_emulator
 from google.api_core import exceptions
 from google.auth import jwt
-from google.cloud import storage
+from google.cloud import aiplatform_v1beta1, storage
 from google.cloud.aiplatform_v1 import types
 from google.longrunning import operations_pb2
 from google.protobuf import any_pb2, empty_pb2, json_format, timestamp_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
 
 from deployment.processes import free_ports, started
 
@@ -63,9 +67,10 @@ ACCELERATORS = {"NVIDIA_TESLA_T4": "n1-", "NVIDIA_L4": "g2-"}  # accelerator: th
 METRICS = ("cpu/utilization", "accelerator/duty_cycle", "request_count")
 
 
-def check(condition: object, message: str, error: type = exceptions.InvalidArgument) -> None:
+def check(condition: object, message: str, error: type = exceptions.InvalidArgument, reason: str = "") -> None:
     if not condition:
-        raise error(message)
+        info = error_details_pb2.ErrorInfo(reason=reason, domain="googleapis.com") if reason else None
+        raise error(message, error_info=info)
 
 
 def new_id() -> str:
@@ -124,6 +129,8 @@ class VertexAI:
     project: str = PROJECT
     location: str = LOCATION
     api_endpoint: str = ""
+    disabled: bool = False  # the API is not enabled in the project
+    calls: list[str] = field(default_factory=list)  # the names of the RPCs, in order
     models: dict[str, dict[str, types.Model]] = field(default_factory=dict)  # name: {version: model}
     endpoints: dict[str, types.Endpoint] = field(default_factory=dict)
     jobs: dict[str, types.BatchPredictionJob] = field(default_factory=dict)
@@ -137,6 +144,7 @@ class VertexAI:
 
     def UploadModel(self, request: types.UploadModelRequest) -> operations_pb2.Operation:
         model, spec = request.model, request.model.container_spec
+        check(not self.disabled, "The API is not enabled.", exceptions.PermissionDenied, "SERVICE_DISABLED")
         check(request.parent == PARENT, f"No permission on {request.parent}.", exceptions.PermissionDenied)
         check(model.display_name, "model.display_name is required.")
         check(spec.image_uri, "model.container_spec.image_uri is required.")
@@ -268,7 +276,9 @@ class VertexAI:
         model, resources = self._model(deployed.model), deployed.dedicated_resources
         split = dict(request.traffic_split)
         check_machine(resources.machine_spec)
-        check(resources.min_replica_count >= 1, "min_replica_count must be at least 1.")
+        beta = aiplatform_v1beta1.DedicatedResources.deserialize(type(resources).serialize(resources))
+        to_zero = "scale_to_zero_spec" in beta and 0 < beta.initial_replica_count <= beta.max_replica_count
+        check(resources.min_replica_count >= 1 or to_zero, "min_replica_count must be at least 1.")
         check(not resources.max_replica_count or resources.max_replica_count >= resources.min_replica_count,
               "max_replica_count must be at least min_replica_count.")  # fmt: skip
         for spec in resources.autoscaling_metric_specs:
@@ -288,7 +298,7 @@ class VertexAI:
                     endpoint.traffic_split = {deployed.id if k == "0" else k: v for k, v in split.items()}
             return types.DeployModelResponse(deployed_model=deployed)
 
-        return self._later(deploy)
+        return self._later(deploy, "v1beta1" if to_zero else "v1")
 
     def UndeployModel(self, request: types.UndeployModelRequest) -> operations_pb2.Operation:
         endpoint, id = self._endpoint(request.endpoint), request.deployed_model_id
@@ -325,8 +335,15 @@ class VertexAI:
         )
         container = self.containers[id] = Container(process, f"http://127.0.0.1:{port}", log, resources)
         deadline = time.monotonic() + (spec.deployment_timeout.total_seconds() if spec.deployment_timeout else 300)
+        probe, path = list(spec.startup_probe.exec_.command), f"{Path(sys.executable).parent}:{environment['PATH']}"
+
+        def ready() -> bool:  # the service lets a startup probe fail three times; here it is only tried more often
+            options = {"env": environment | {"PATH": path}, "cwd": "/", "capture_output": True}
+            passed = not probe or subprocess.run(probe, **options).returncode == 0
+            return passed and container.healthy(environment["AIP_HEALTH_ROUTE"])
+
         try:
-            while not container.healthy(environment["AIP_HEALTH_ROUTE"]):
+            while not ready():
                 exited = process.poll() is not None
                 problem = "exited unexpectedly" if exited else "never became ready"
                 check(not exited and time.monotonic() < deadline,
@@ -448,7 +465,8 @@ class VertexAI:
         response.Pack(type(result).pb(result) if hasattr(type(result), "pb") else result)
         return operations_pb2.Operation(name=f"{PARENT}/operations/{new_id()}", done=True, response=response)
 
-    def _later(self, work) -> operations_pb2.Operation:
+    def _later(self, work, api: str) -> operations_pb2.Operation:
+        """An operation that is under way; its response has the type that `api` gives it."""
         operation = operations_pb2.Operation(name=f"{PARENT}/operations/{new_id()}")
         self.operations[operation.name] = operation
 
@@ -456,6 +474,7 @@ class VertexAI:
             finished = operations_pb2.Operation(name=operation.name, done=True)
             try:
                 finished.response.CopyFrom(self._done(work()).response)
+                finished.response.type_url = finished.response.type_url.replace(".v1.", f".{api}.")
             except Exception as e:  # the operation carries it to the client
                 finished.error.code = getattr(e, "grpc_status_code", None).value[0] if is_api_error(e) else 13
                 finished.error.message = getattr(e, "message", str(e))
@@ -503,7 +522,7 @@ def time_now() -> timestamp_pb2.Timestamp:
 
 
 class Methods(grpc.GenericRpcHandler):
-    """Leads `/google.cloud.aiplatform.v1.….Service/Method` to `VertexAI.Method`; asks each call for a valid token."""
+    """Leads `/google.cloud.aiplatform.v1….Service/Method` to `VertexAI.Method`; asks each call for a valid token."""
 
     def __init__(self, service: VertexAI, verify) -> None:
         self.service_, self.verify = service, verify
@@ -517,10 +536,15 @@ class Methods(grpc.GenericRpcHandler):
 
         def call(request, context: grpc.ServicerContext):
             try:
+                self.service_.calls.append(name)
                 self.verify(dict(context.invocation_metadata()).get("authorization", ""))
                 return method(request)
             except exceptions.GoogleAPICallError as e:
-                context.abort(e.grpc_status_code or grpc.StatusCode.INTERNAL, e.message)
+                code = e.grpc_status_code or grpc.StatusCode.INTERNAL
+                status = status_pb2.Status(code=code_pb2.Code.Value(code.name), message=e.message)
+                if e.reason:
+                    status.details.add().Pack(error_details_pb2.ErrorInfo(reason=e.reason, domain=e.domain))
+                context.abort_with_status(rpc_status.to_status(status))
 
         return grpc.unary_unary_rpc_method_handler(
             call,

@@ -1,7 +1,9 @@
-"""Host the serving image on Google Cloud AI Platform (today Vertex AI): upload, deploy, predict, scale, clean up.
+"""Host the serving image on Google Cloud: upload, deploy, predict, scale, clean up.
+
+The service is Vertex AI, now Gemini Enterprise Agent Platform; here it is called AI Platform throughout.
 
     python -m deployment.ai_platform upload REGION-docker.pkg.dev/PROJECT/fastunet/serve:1
-    python -m deployment.ai_platform deploy --accelerator T4
+    python -m deployment.ai_platform deploy
     python -m deployment.ai_platform predict street.png
     python -m deployment.ai_platform delete
 
@@ -15,14 +17,12 @@ from .client import (
     deploy,
     find_endpoint,
     get_endpoint,
-    mask,
     overview,
-    predict,
-    request_body,
     traffic,
     upload,
 )
-from .jobs import batch, batch_results
+from .jobs import batch, batch_results, error_in
+from .online import mask, predict, request_body
 
 __all__ = [
     "batch",
@@ -30,6 +30,7 @@ __all__ = [
     "connect",
     "delete",
     "deploy",
+    "error_in",
     "find_endpoint",
     "get_endpoint",
     "mask",

@@ -5,43 +5,53 @@ import base64
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from . import batch, connect, delete, deploy, overview, predict, traffic, upload
+from . import batch, batch_results, connect, delete, deploy, error_in, overview, predict, traffic, upload
 from .client import ACCELERATORS
+from .jobs import MAX_PIXELS
 
 
-def remedy(error: Exception, project: str = "PROJECT", image: str = "IMAGE") -> str:
-    """What to do about `error`, mostly a command; empty where this module has no advice."""
+def remedy(error: Exception, command: str = "", project: str = "PROJECT", image: str = "IMAGE") -> str:
+    """What to do about `error` of `command`, mostly a command of its own; empty where this module has no advice.
+
+    The error's class decides, and its reason, as the service names it in `google.rpc.ErrorInfo`.
+    """
     from google.api_core import exceptions
     from google.auth import exceptions as auth
 
-    text = str(error)
-    match error:
-        case auth.DefaultCredentialsError() | auth.RefreshError() | exceptions.Unauthenticated():
+    me = "python -m deployment.ai_platform"
+    match error, command:
+        case (auth.DefaultCredentialsError() | auth.RefreshError() | exceptions.Unauthenticated(), _):
             return "gcloud auth application-default login"
-        case exceptions.PermissionDenied() if "SERVICE_DISABLED" in text or "has not been used" in text:
+        case (exceptions.PermissionDenied(reason="SERVICE_DISABLED"), _):
             return f"gcloud services enable aiplatform.googleapis.com --project={project}"
-        case exceptions.PermissionDenied():
+        case (exceptions.PermissionDenied(reason="BILLING_DISABLED"), _):
+            return f"gcloud billing projects link {project} --billing-account=ACCOUNT"
+        case (exceptions.PermissionDenied(), _):
             return f"gcloud projects add-iam-policy-binding {project} --member=user:YOU --role=roles/aiplatform.user"
-        case exceptions.ResourceExhausted():
+        case (exceptions.TooManyRequests(), "predict"):
+            return "again in some minutes: a version with --min-replicas 0 starts, or all replicas are busy"
+        case (exceptions.TooManyRequests(), _):
             return (
                 "another --accelerator or --location, or ask for more: gcloud beta quotas preferences create "
                 f"--service=aiplatform.googleapis.com --project={project} --preferred-value=1 --quota-id=QUOTA "
                 "--dimensions=region=LOCATION (QUOTA such as CustomModelServingT4GPUsPerProjectPerRegion)"
             )
-        case exceptions.NotFound() if "mage" in text:
+        case (exceptions.NotFound(), "upload"):
             return f"gcloud builds submit --config=cloudbuild.yaml --substitutions=_IMAGE={image}"
-        case exceptions.NotFound() if "odel" in text:
-            return "python -m deployment.ai_platform upload IMAGE"
-        case exceptions.NotFound() if "ndpoint" in text:
-            return "python -m deployment.ai_platform deploy"
-        case exceptions.FailedPrecondition() if "server" in text:
+        case (exceptions.NotFound(), "deploy" | "batch"):
+            return f"{me} upload IMAGE"
+        case (exceptions.NotFound(), "predict" | "traffic"):
+            return f"{me} deploy"
+        case (exceptions.FailedPrecondition(), "deploy"):
             return (
                 f"gcloud logging read resource.type=aiplatform.googleapis.com/Endpoint --limit=50 --project={project}"
             )
-        case exceptions.ServiceUnavailable():
+        case (exceptions.FailedPrecondition(), "predict"):
+            return f"{me} list"
+        case (exceptions.ServiceUnavailable(), _):
             return "check the network and --location, then try again"
     return ""
 
@@ -53,15 +63,21 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     common.add_argument("--project", help="Google Cloud project (default: the credentials' own)")
     common.add_argument("--location", help="region, such as us-central1 or europe-west4")
     common.add_argument("--api-endpoint", help="another address of the API, such as a private one")
+    common.add_argument("--verbose", action="store_true", help="show what Google's SDK says of each step")
     machines = argparse.ArgumentParser(add_help=False)
     machines.add_argument("--version", help="version or alias of the model (default: the newest)")
     machines.add_argument("--accelerator", choices=ACCELERATORS, default="none", help="GPU of each replica")
     machines.add_argument("--machine", help="machine type (default: one that carries the accelerator)")
     machines.add_argument("--max-replicas", type=int, default=1, help="grow to so many machines")
+    answers = argparse.ArgumentParser(add_help=False)
+    answers.add_argument("--format", choices=["png", "overlay"], help="write masks (.png) or overlays (.jpg) to --out")
+    answers.add_argument("--size", choices=["original"], help="masks at the photos' own size")
+    answers.add_argument("--top", type=int, help="only so many probabilities, the highest")
+    answers.add_argument("--out", type=Path, default=".", help="folder for the pictures")
 
     parser = argparse.ArgumentParser(
         prog="python -m deployment.ai_platform",
-        description="Host the serving image on Google Cloud AI Platform (today Vertex AI).",
+        description="Host the serving image on Google Cloud: Vertex AI, now Gemini Enterprise Agent Platform.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -71,25 +87,30 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     p = command("upload", "register an image as the model's newest version")
     p.add_argument("image", help="REGION-docker.pkg.dev/PROJECT/REPOSITORY/NAME:TAG")
     p.add_argument("--artifacts", help="gs:// folder with the archive, for an image that holds none")
+    p.add_argument("--torch-backend", default="cpu", help="that the image was built with; deploy warns by it")
 
     p = command("deploy", "put a version behind the endpoint; make the endpoint where there is none", machines)
-    p.add_argument("--min-replicas", type=int, default=1, help="never fewer machines than this; each costs all day")
+    p.add_argument(
+        "--min-replicas",
+        type=int,
+        default=1,
+        help="each costs all day; 0: none while nobody asks (preview)",
+    )
     p.add_argument("--target", type=int, default=60, help="percent of GPU (or CPU) use that adds a machine")
     p.add_argument("--share", type=int, help="percent of the traffic (default: 100 on a new endpoint, else 0)")
-    p.add_argument("--dedicated", action="store_true", help="requests of up to 10 MB, on an address of their own")
+    p.add_argument("--shared", action="store_true", help="a shared endpoint: 1.5 MB a request; dedicated: 10 MB")
+    p.add_argument("--spot", action="store_true", help="Spot machines: cheaper, and may be taken away at any time")
     p.add_argument("--log-to", metavar="bq://PROJECT.DATASET.TABLE", help="log requests and answers to BigQuery")
     p.add_argument("--log-rate", type=float, default=1.0, help="part of the requests to log, 0 to 1")
 
-    p = command("predict", "send image files; print the answers, of masks the share of each class, or write pictures")
+    p = command("predict", "send image files; print the answers, or write pictures", answers)
     p.add_argument("images", nargs="+", type=Path)
-    p.add_argument("--format", choices=["png", "overlay"], help="write masks (.png) or overlays (.jpg) to --out")
-    p.add_argument("--size", choices=["original"], help="masks at the photos' own size")
-    p.add_argument("--top", type=int, help="only so many probabilities, the highest (classification, multi-label)")
-    p.add_argument("--out", type=Path, default=".", help="folder for the pictures")
 
-    p = command("batch", "predict many images by a job, from and to Cloud Storage", machines)
+    p = command("batch", "predict many images by a job, from and to Cloud Storage", machines, answers)
     p.add_argument("source", nargs="+", help='image files, or gs:// files of {"b64": …} lines')
     p.add_argument("--to", required=True, metavar="gs://BUCKET/FOLDER", help="where the results go")
+    p.add_argument("--batch-size", type=int, help="photos in one request (default: as many as the server takes)")
+    p.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="of one request, as the model's configuration")
 
     p = command("traffic", "split the traffic between deployed versions: 1=90 2=10 (canary), 1=100 (roll back)")
     p.add_argument("shares", nargs="+", metavar="VERSION=PERCENT")
@@ -101,7 +122,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    common = {"command", "project", "location", "api_endpoint"}
+    common = {"command", "project", "location", "api_endpoint", "verbose"}
     options = {key: value for key, value in vars(args).items() if key not in common and value is not None}
     match args.command:
         case "upload":
@@ -112,16 +133,13 @@ def run(args: argparse.Namespace) -> None:
         case "predict":
             images, out = options.pop("images"), options.pop("out")
             answers = predict(images, **options)
-            for path, answer in zip(images, answers, strict=True):
-                kind = next((k for k in ("png", "jpeg") if k in answer), None)
-                if kind:
-                    target = out / f"{path.stem}.{'png' if kind == 'png' else 'jpg'}"
-                    write(target, base64.b64decode(answer[kind]))
-                print(json.dumps({"file": str(path)} | ({"written": str(target)} if kind else shown(answer))))
-            if all("error" in answer for answer in answers):
-                sys.exit(1)
+            rows = ({"prediction": answer} for answer in answers)
+            report(zip(map(str, images), rows, strict=True), out)
         case "batch":
-            print(batch(destination=options.pop("to"), **options))
+            out, folder = options.pop("out"), batch(destination=options.pop("to"), **options)
+            print(folder)
+            rows = enumerate(batch_results(folder), 1)
+            report(((row["instance"].get("name", f"row-{n:06}"), row) for n, row in rows), out)
         case "traffic":
             shares = dict(share.split("=") for share in options.pop("shares"))
             traffic({version: int(percent) for version, percent in shares.items()}, **options)
@@ -133,9 +151,30 @@ def run(args: argparse.Namespace) -> None:
             print("\n".join(f"deleted {d}" for d in deleted) or f"nothing was left of {args.name}")
 
 
-def shown(answer: dict) -> dict:
-    """An answer without its long field."""
-    return {key: value for key, value in answer.items() if key != "base64_prediction"}
+def report(rows: Iterable[tuple[str, dict]], out: Path) -> None:
+    """Prints a line of JSON for each named row, writes the pictures in them to `out`, and counts the photos.
+
+    Exits with status 1 where a photo got no answer.
+    """
+    written, failed, n = set(), 0, 0
+    for n, (name, row) in enumerate(rows, 1):
+        if error := error_in(row):
+            failed += 1
+            print(json.dumps({"file": name, "error": error}))
+            continue
+        answer = row["prediction"]
+        shown = {key: value for key, value in answer.items() if key not in ("base64_prediction", "png", "jpeg")}
+        if kind := next((kind for kind in ("png", "jpeg") if kind in answer), None):
+            target = out / f"{Path(name).stem}.{'png' if kind == 'png' else 'jpg'}"
+            if target in written:  # of photos that share a name but not a folder
+                target = target.with_name(f"{target.stem}-{n}{target.suffix}")
+            written.add(target)
+            write(target, base64.b64decode(answer[kind]))
+            shown = {"written": str(target)} | shown
+        print(json.dumps({"file": name} | shown))
+    if failed:
+        sys.exit(f'error: {failed} of {n} photo(s) got no answer; the lines with "error" say why')
+    print(f"{n} photo(s) answered", file=sys.stderr)
 
 
 def write(path: Path, data: bytes) -> None:
@@ -152,10 +191,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     from google.auth.exceptions import GoogleAuthError
 
     try:
-        connect(args.project, args.location, args.api_endpoint)
+        connect(args.project, args.location, args.api_endpoint, args.verbose)
         run(args)
     except (GoogleAPICallError, GoogleAuthError, ValueError, OSError, RuntimeError) as e:
-        advice = remedy(e, args.project or "PROJECT", getattr(args, "image", "IMAGE"))
+        advice = remedy(e, args.command, args.project or "PROJECT", getattr(args, "image", "IMAGE"))
         message = " ".join(str(getattr(e, "message", e)).split())
         sys.exit(f"error: {message}" + (f"\n  try: {advice}" if advice else ""))
 

@@ -1,38 +1,43 @@
-"""Models, endpoints, predictions and traffic, over Google's SDK.
+"""Models, endpoints and traffic, over Google's SDK.
 
 Model and endpoint bear one name, `fastunet` unless told otherwise, which is also the archive's and the route's:
 `upload` adds a version to the model where it exists, `deploy` makes the endpoint where it does not. Credentials are
 Google's application-default ones.
 """
 
-import base64
 import contextlib
-import json
 import logging
 import os
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .progress import progress
 
 if TYPE_CHECKING:  # the SDK takes seconds to import: only what calls the service pays for it
-    import numpy as np
     from google.cloud import aiplatform
 
-MAX_BYTES = 1_500_000  # of a request on a shared public endpoint
-MAX_BYTES_DEDICATED = 10_000_000  # on a dedicated one
 ACCELERATORS = {  # accelerator: the API's name for it, the machine that carries it
     "none": (None, "n1-standard-4"),
     "T4": ("NVIDIA_TESLA_T4", "n1-standard-4"),
     "L4": ("NVIDIA_L4", "g2-standard-4"),
 }
+# Run in the container, in its folder /, until it succeeds: whether the server answers. Three tries, a minute apart.
+STARTUP_PROBE = [
+    "python",
+    "-c",
+    "import os, urllib.request; urllib.request.urlopen('http://127.0.0.1:' + os.environ['AIP_HTTP_PORT'] + '/ping')",
+]
 
 
-def connect(project: str | None = None, location: str | None = None, api_endpoint: str | None = None) -> None:
+def connect(
+    project: str | None = None,
+    location: str | None = None,
+    api_endpoint: str | None = None,
+    verbose: bool = False,
+) -> None:
     """Tells the SDK which project (default: the credentials' own) and which location (us-central1) to use.
 
-    `api_endpoint` (or AI_PLATFORM_API_ENDPOINT) is another address of the API, such as a private one.
+    `api_endpoint` (or AI_PLATFORM_API_ENDPOINT) is another address of the API, such as a private one. `verbose` shows
+    what the SDK says of each step; without it `progress` alone tells what goes on.
 
     Raises:
         google.auth.exceptions.DefaultCredentialsError: there are no credentials.
@@ -46,14 +51,27 @@ def connect(project: str | None = None, location: str | None = None, api_endpoin
     if not project:
         raise ValueError("no project: pass --project, or `gcloud config set project PROJECT`")
     api_endpoint = api_endpoint or os.environ.get("AI_PLATFORM_API_ENDPOINT")
-    logging.getLogger("google.cloud.aiplatform").setLevel(logging.WARNING)  # `progress` tells what goes on
+    set_sdk_level(logging.INFO if verbose else logging.WARNING)
     aiplatform.init(project=project, location=location, credentials=credentials, api_endpoint=api_endpoint)
+    known_endpoints.clear()
 
 
-def upload(image: str, name: str = "fastunet", artifacts: str | None = None) -> "aiplatform.Model":
+def set_sdk_level(level: int) -> None:
+    """Sets the level of the SDK's loggers; each of its modules has one with a level of its own."""
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.startswith("google.cloud.aiplatform.") and isinstance(logger, logging.Logger):
+            logger.setLevel(level)
+
+
+def upload(
+    image: str, name: str = "fastunet", artifacts: str | None = None, torch_backend: str = "cpu"
+) -> "aiplatform.Model":
     """Registers `image` (in Artifact Registry) as the newest version of the model `name`, and as its default.
 
-    With `artifacts`, a `gs://` folder that holds the archive, the container fetches it from there.
+    Args:
+        artifacts: a `gs://` folder that holds the archive; the container fetches it from there.
+        torch_backend: the TORCH_BACKEND that the image was built with. It becomes a label of the version, by which
+            `deploy` knows whether the image can use a GPU.
     """
     from google.api_core import exceptions
     from google.cloud import aiplatform
@@ -69,8 +87,12 @@ def upload(image: str, name: str = "fastunet", artifacts: str | None = None) -> 
             serving_container_environment_variables={"MODEL_NAME": name},
             serving_container_health_route="/ping",
             serving_container_ports=[8080],
+            serving_container_startup_probe_exec=STARTUP_PROBE,
+            serving_container_startup_probe_period_seconds=60,
+            serving_container_startup_probe_timeout_seconds=60,
             artifact_uri=artifacts,
             display_name=name,
+            labels={"torch_backend": torch_backend},
             **identity,
         )
 
@@ -95,6 +117,9 @@ def get_endpoint(name: str = "fastunet") -> "aiplatform.Endpoint":
     return endpoint
 
 
+known_endpoints: dict[str, "aiplatform.Endpoint"] = {}  # by name: `predict` looks each up once
+
+
 def deploy(
     name: str = "fastunet",
     version: str | None = None,
@@ -105,89 +130,88 @@ def deploy(
     max_replicas: int = 1,
     target: int = 60,
     share: int | None = None,
-    dedicated: bool = False,
+    shared: bool = False,
+    spot: bool = False,
     log_to: str | None = None,
     log_rate: float = 1.0,
 ) -> "aiplatform.Endpoint":
     """Deploys a version of the model (default: the newest) to the endpoint `name`, which it makes where there is none.
 
+    A version that the endpoint has on such a machine already is not deployed once more.
+
     Args:
         accelerator: none, T4 or L4; one per replica.
         machine: the machine type; by default one that carries the accelerator.
+        min_replicas: 0 lets the last replica go when no request came for a while, and costs nothing then. Requests
+            fail until one runs again, for minutes. (A preview: the SDK's `preview`, API v1beta1.)
         target: percent of use (of the GPU where there is one, else of the CPU) at which replicas are added.
         share: percent of the traffic for this version, taken from the others alike (default: all of it on a new
             endpoint, none on one that serves already).
-        dedicated: make a dedicated endpoint: requests of 10 MB instead of 1.5 MB, an address of its own.
+        shared: make a shared endpoint: requests of 1.5 MB and 60 s, where a dedicated one takes 10 MB and an hour.
+        spot: on Spot machines, which are cheaper and may be taken away at any time.
         log_to: BigQuery table `bq://project.dataset.table` for requests and answers, `log_rate` of them (0 to 1).
 
     Raises:
-        ValueError: `dedicated` or `log_to` for an endpoint that exists without it: both are settled at its creation.
+        ValueError: `shared` or `log_to` for an endpoint that exists without it (both are settled at its creation),
+            another `share` for a version that is deployed already, or `spot` with no `min_replicas`.
     """
     from google.cloud import aiplatform
 
+    if spot and not min_replicas:
+        raise ValueError("--spot and --min-replicas 0 do not go together: the preview API takes no Spot machines")
     model = aiplatform.Model(name, version=version)
+    gpu, carrier = ACCELERATORS[accelerator]
+    machine = machine or carrier
+    if gpu and model.labels.get("torch_backend") == "cpu":
+        print(
+            f"warning: version {model.version_id} was uploaded as an image for the CPU, which leaves the {accelerator} "
+            "unused: build it with TORCH_BACKEND=cu126, and upload it with --torch-backend cu126",
+            flush=True,
+        )
     endpoint = find_endpoint(name)
     if endpoint is None:
         with progress(f"making endpoint {name}"):
             endpoint = aiplatform.Endpoint.create(
                 display_name=name,
-                dedicated_endpoint_enabled=dedicated,
+                dedicated_endpoint_enabled=not shared,
                 enable_request_response_logging=bool(log_to),
                 request_response_logging_bq_destination_table=log_to,
                 request_response_logging_sampling_rate=log_rate,
             )
-    elif dedicated and not endpoint.dedicated_endpoint_enabled:
-        raise ValueError(f"endpoint {name} is a shared one already: delete it first, or use another --name")
+    elif shared and endpoint.dedicated_endpoint_enabled:
+        raise ValueError(f"endpoint {name} is a dedicated one already: delete it first, or use another --name")
     elif log_to and not endpoint.gca_resource.predict_request_response_logging_config.enabled:
         raise ValueError(f"endpoint {name} exists without a request log: delete it first, or use another --name")
-    gpu, carrier = ACCELERATORS[accelerator]
+    for d in endpoint.list_models():
+        spec = d.dedicated_resources.machine_spec
+        at_hand = d.model_version_id, spec.machine_type, spec.accelerator_type.name if spec.accelerator_type else None
+        if at_hand == (model.version_id, machine, gpu) and d.dedicated_resources.spot == spot:
+            has = endpoint.traffic_split.get(d.id, 0)
+            if share not in (None, has):
+                raise ValueError(f"version {model.version_id} is deployed with {has} % of the traffic: use `traffic`")
+            print(f"version {model.version_id} is deployed to endpoint {name} already, with {has} % of the traffic")
+            return endpoint
+    options = {"spot": spot}
+    if not min_replicas:
+        from google.cloud.aiplatform.preview import models as preview
+
+        set_sdk_level(logging.getLogger("google.cloud.aiplatform.models").level)  # of what was just imported
+        options = {"initial_replica_count": 1}
+        model, endpoint = preview.Model(name, version=model.version_id), preview.Endpoint(endpoint.resource_name)
     metric = "autoscaling_target_accelerator_duty_cycle" if gpu else "autoscaling_target_cpu_utilization"
     with progress(f"deploying version {model.version_id} to endpoint {name} (often 5 to 15 minutes)"):
-        return model.deploy(
+        model.deploy(
             endpoint,
-            machine_type=machine or carrier,
+            machine_type=machine,
             accelerator_type=gpu,
             accelerator_count=1 if gpu else None,
             min_replica_count=min_replicas,
             max_replica_count=max(min_replicas, max_replicas),
             traffic_percentage=share or 0,
             **{metric: target},
+            **options,
         )
-
-
-def request_body(images: Sequence[Path | str | bytes], **parameters: str) -> dict:
-    """`{"instances": [{"b64": …}, …], "parameters": {…}}` of image files (or of their bytes)."""
-    data = [image if isinstance(image, bytes) else Path(image).read_bytes() for image in images]
-    body = {"instances": [{"b64": base64.b64encode(d).decode()} for d in data]}
-    return body | ({"parameters": parameters} if parameters else {})
-
-
-def predict(images: Sequence[Path | str | bytes], name: str = "fastunet", **parameters: str | int) -> list[dict]:
-    """One answer per image, in order, as the server gives it; `parameters` are the server's `format`, `size` and `top`.
-
-    An image the server could not read has `{"error": …}` in its place.
-
-    Raises:
-        ValueError: the request is larger than the endpoint takes.
-    """
-    body = request_body(images, **parameters)
-    endpoint = get_endpoint(name)
-    size, limit = len(json.dumps(body)), MAX_BYTES_DEDICATED if endpoint.dedicated_endpoint_enabled else MAX_BYTES
-    if size > limit:
-        raise ValueError(
-            f"{len(images)} image(s) make a request of {size / 1e6:.2f} MB, and this endpoint takes {limit / 1e6} MB: "
-            "send fewer at once, scale them down (the model sees its own size anyway), use `batch`"
-            + ("" if endpoint.dedicated_endpoint_enabled else ", or a `--dedicated` endpoint (10 MB)")
-        )
-    return endpoint.predict(body["instances"], body.get("parameters")).predictions
-
-
-def mask(prediction: dict) -> "np.ndarray":
-    """The class mask, uint8 (height, width), of one answer in the default format."""
-    import numpy as np
-
-    height, width = map(int, prediction["shape"])  # the API carries every number as a float
-    return np.frombuffer(base64.b64decode(prediction["base64_prediction"]), np.uint8).reshape(height, width)
+    return aiplatform.Endpoint(endpoint.resource_name)
 
 
 def traffic(shares: dict[str, int], name: str = "fastunet", undeploy: bool = False) -> dict[str, int]:
@@ -234,7 +258,7 @@ def overview(name: str = "fastunet") -> str:
             lines.append(
                 f"  version {d.model_version_id}  {endpoint.traffic_split.get(d.id, 0)} % of traffic  "
                 f"{resources.machine_spec.machine_type}{f' + {gpu.name}' if gpu else ''}  "
-                f"{resources.min_replica_count} to {resources.max_replica_count} replica(s)"
+                f"{resources.min_replica_count} to {resources.max_replica_count} replica(s){', Spot' * resources.spot}"
             )
     for job in aiplatform.BatchPredictionJob.list(filter=f'display_name="{name}"'):
         lines.append(f"{job.resource_name}  {job.state.name}")
@@ -250,6 +274,7 @@ def delete(name: str = "fastunet") -> list[str]:
     from google.api_core import exceptions
     from google.cloud import aiplatform
 
+    known_endpoints.pop(name, None)
     resources = [find_endpoint(name), *aiplatform.BatchPredictionJob.list(filter=f'display_name="{name}"')]
     with contextlib.suppress(exceptions.NotFound):
         resources.append(aiplatform.Model(name))

@@ -1,13 +1,27 @@
 """Batch prediction: many photos by a job, from and to Cloud Storage."""
 
+import base64
+import contextlib
+import io
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .client import ACCELERATORS, request_body
+from PIL import Image
+
+from .client import ACCELERATORS
 from .progress import progress
+
+if TYPE_CHECKING:
+    from google.cloud import storage
+
+# What the container takes in one request. The service makes requests of `batch_size` lines, whatever their sizes.
+MAX_INSTANCES = 64  # protocol.MAX_INSTANCES
+MAX_BYTES = 20_000_000  # config.properties, less 5 % for JSON that is written otherwise than here
+MAX_PIXELS = 50_000_000  # photos.Preprocessor
 
 
 def batch(
@@ -19,24 +33,49 @@ def batch(
     accelerator: str = "none",
     machine: str | None = None,
     max_replicas: int = 1,
+    batch_size: int | None = None,
+    max_pixels: int = MAX_PIXELS,
     **parameters: str,
 ) -> str:
     """Runs a batch prediction job; returns the `gs://` folder below `destination` that holds its results.
 
-    `source` are image files, which are sent to `destination` as JSONL first, or `gs://` files in that form: one
-    `{"b64": …}` a line. The job brings its own machines and needs no endpoint.
+    The job brings its own machines and needs no endpoint. It may succeed with errors among its rows: see `error_in`.
+
+    Args:
+        source: image files, which are sent to `destination` as JSONL first, or `gs://` files in that form: one
+            `{"b64": …}` a line.
+        batch_size: lines in one request; by default as many as the container takes, whichever they are. Lines in
+            Cloud Storage are read through for that. Set it for a model that sees more than 880 × 880 pixels, where
+            small photos count for more than they have.
+        max_pixels: what the container takes in one request, where the model's configuration says another number.
+        parameters: the server's `format` and `size`.
+
+    Raises:
+        ValueError: there is no photo, or a photo alone is larger than the container takes.
+        FileNotFoundError: there is no such file, here or in Cloud Storage.
+        RuntimeError: the job failed.
     """
-    from google.cloud import aiplatform, storage
+    from google.cloud import aiplatform
 
     model = aiplatform.Model(name, version=version)
     inputs = [str(s) for s in source if str(s).startswith("gs://")]
-    files = [s for s in source if not str(s).startswith("gs://")]
+    files = [Path(s) for s in source if not str(s).startswith("gs://")]
+    for path in files:  # all of them before anything is sent
+        if 4 * path.stat().st_size / 3 > MAX_BYTES:
+            raise ValueError(f"{path} is larger than the container takes ({MAX_BYTES / 1e6:g} MB as base64)")
+    client, sizes = storage_client(), []
+    if batch_size is None:
+        for uri in inputs:
+            with progress(f"reading {uri}, for the size of a request"), open_blob(uri, client, "rb") as lines:
+                sizes += [(len(line), pixels(json.loads(line))) for line in lines if line.strip()]
     if files:
-        lines = [json.dumps(instance) + "\n" for instance in request_body(files)["instances"]]
         uri = f"{destination.rstrip('/')}/input-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
-        client = storage.Client(project=model.project, credentials=None if emulated() else model.credentials)
-        with progress(f"sending {len(files)} image(s) to {uri}"):
-            storage.Blob.from_uri(uri, client).upload_from_string("".join(lines), "application/jsonl")
+        with progress(f"sending {len(files)} image(s) to {uri}"), open_blob(uri, client, "wb") as lines:
+            for path in files:
+                instance = {"b64": base64.b64encode(path.read_bytes()).decode(), "name": str(path)}
+                line = json.dumps(instance).encode() + b"\n"
+                sizes.append((len(line), pixels(instance)))
+                lines.write(line)
         inputs.append(uri)
     gpu, carrier = ACCELERATORS[accelerator]
     with progress(f"batch prediction with version {model.version_id} (often 10 minutes before the first image)"):
@@ -50,21 +89,85 @@ def batch(
             accelerator_count=1 if gpu else None,
             starting_replica_count=1,
             max_replica_count=max_replicas,
+            batch_size=batch_size or lines_per_request(sizes, max_pixels),
         )
     return job.output_info.gcs_output_directory
 
 
-def emulated() -> bool:
-    """Whether Cloud Storage is an emulator, which takes no credentials (google-cloud-storage's own variable)."""
-    return "STORAGE_EMULATOR_HOST" in os.environ
+def pixels(instance: dict) -> int:
+    """The pixels of the photo in `instance`, by its header; 0 for what is no photo, which costs the server nothing."""
+    try:
+        data = instance["data"] if "data" in instance else instance
+        with Image.open(io.BytesIO(base64.b64decode(data["b64"]))) as image:
+            return image.width * image.height
+    except Exception:  # decoders raise all kinds of errors; the server says what is wrong with this row
+        return 0
+
+
+def lines_per_request(sizes: Iterable[tuple[int, int]], max_pixels: int = MAX_PIXELS) -> int:
+    """How many lines, at most, may go into one request, whichever they are; `sizes` holds bytes and pixels of each.
+
+    Raises:
+        ValueError: there is no line, or one that is too large alone.
+    """
+    size_limit = MAX_BYTES - 1000  # less what is around the lines
+    counts = [MAX_INSTANCES]
+    # A photo that has too many pixels by itself is refused by its header, alone: it counts for nothing.
+    seen = [(size, n if n <= max_pixels else 0) for size, n in sizes]
+    if not seen:
+        raise ValueError("there is no photo")
+    for values, limit in zip(zip(*seen, strict=True), (size_limit, max_pixels), strict=True):
+        total = count = 0
+        for value in sorted(values, reverse=True):
+            total, count = total + value, count + 1
+            if total > limit:
+                counts.append(count - 1)
+                break
+    if not min(counts):
+        raise ValueError(f"a line is larger than the container takes ({MAX_BYTES / 1e6:g} MB)")
+    return min(counts)
+
+
+def storage_client() -> "storage.Client":
+    """A client of Cloud Storage with the SDK's project and credentials; an emulator takes no credentials."""
+    from google.cloud import aiplatform, storage
+
+    config, emulated = aiplatform.initializer.global_config, "STORAGE_EMULATOR_HOST" in os.environ
+    return storage.Client(project=config.project, credentials=None if emulated else config.credentials)
+
+
+@contextlib.contextmanager
+def open_blob(uri: str, client: "storage.Client", mode: str) -> Iterator:
+    """A file in Cloud Storage, read or written piece by piece: it need not fit into memory.
+
+    Raises:
+        FileNotFoundError: there is no such file, or no such bucket.
+    """
+    from google.api_core import exceptions
+    from google.cloud import storage
+
+    options = {"content_type": "application/jsonl"} if "w" in mode else {}
+    try:
+        with storage.Blob.from_uri(uri, client).open(mode, **options) as file:
+            yield file
+    except exceptions.NotFound:
+        raise FileNotFoundError(f"no {uri}, or no such bucket") from None
 
 
 def batch_results(folder: str) -> Iterator[dict]:
-    """The rows of a batch job's output, `{"instance": …, "prediction": …}` each; their order is the service's."""
-    from google.cloud import aiplatform, storage
+    """The rows of a batch job's output, in the service's order, those of requests that failed last.
 
-    config = aiplatform.initializer.global_config
-    client = storage.Client(project=config.project, credentials=None if emulated() else config.credentials)
+    Each is `{"instance": …, "prediction": …}` or `{"instance": …, "error": …}`; `error_in` knows both kinds of errors.
+    """
+    client = storage_client()
     bucket, _, prefix = folder.removeprefix("gs://").partition("/")
-    for blob in client.list_blobs(bucket, prefix=f"{prefix}/prediction.results"):
-        yield from map(json.loads, blob.download_as_text().splitlines())
+    for kind in ("prediction.results", "prediction.errors"):
+        for blob in client.list_blobs(bucket, prefix=f"{prefix}/{kind}"):
+            with blob.open("rb") as lines:
+                yield from map(json.loads, lines)
+
+
+def error_in(row: dict) -> str | None:
+    """Why the photo of a row got no answer: the server's word for it, or the service's; None where it got one."""
+    error = row.get("error") or row.get("prediction", {}).get("error")
+    return error and str(error.get("message", error) if isinstance(error, dict) else error)

@@ -17,9 +17,10 @@ import torch
 import yaml
 
 from ..config import Config, read_config
-from ..runtime import RuntimeUnavailable, check_runtime
+from ..runtime import PRECISIONS, RuntimeUnavailable, check_runtime
 from .convert import convert
 from .describe import describe_learner
+from .half import half_precision
 from .learner import ExportError, load_learner, network
 from .onnx_file import write_onnx
 from .program import capture, capture_widest, has_free_size
@@ -29,10 +30,8 @@ __all__ = ["ExportError", "export_learner", "load_learner"]
 
 CONFIG_HEAD = """\
 # TorchServe's configuration of this model, for `torch-model-archiver --config-file`.
-# How many workers run is not said here: deployment/serve.py decides it by the machine's cores.
-batchSize: 4         # requests handed to a worker together, at most; on a GPU 32, which go through the model as one
-maxBatchDelay: 1     # ms that the first of them waits for others (0 would mean 100); those that come while the workers
-                     # compute gather anyway, and are handed over with one message in place of several
+# How many workers run, and how many requests each is handed together (batchSize, maxBatchDelay), is not said here:
+# deployment/serve.py decides it by the machine's cores and GPUs. What is written here goes before that.
 responseTimeout: 120 # s until a worker that does not answer is restarted
 
 # What deployment/handler.py must know of the learner, read off it by deployment/export: see deployment/config.py.
@@ -46,7 +45,7 @@ def export_learner(
     check: Path | str | None = None,
     tolerance: float = 0.0,
     runtime: str = "eager",
-    precision: str = "fp32",
+    precision: str | None = None,
     calibrate: Path | str | None = None,
     max_drop: float = 0.5,
     onnx: bool = False,
@@ -61,8 +60,8 @@ def export_learner(
         out_dir: folder to write into; files already there are replaced whole, or left as they are.
         check: folder of photos to prove the copy on; default: generated photos of several sizes and modes.
         tolerance: greatest difference of a logit that is accepted, on a GPU only; on a CPU there is none.
-        runtime, precision: what serves the model, see `deployment.runtime.PRECISIONS`.
-        calibrate, max_drop: as in `deployment.export.convert.convert`.
+        runtime, precision: what serves the model, see `deployment.runtime.PRECISIONS`, whose first is the default.
+        calibrate, max_drop: as in `deployment.export.convert.convert`; also for fp16 and bf16 on a GPU.
         onnx: write `fastunet.onnx` as well, see `deployment.export.onnx_file`.
 
     Raises:
@@ -80,11 +79,15 @@ def export_learner(
         write_config(config, folder)
         prove(learner, read_config(folder), folder, photos, tolerance)
         try:
+            precision = precision or PRECISIONS.get(runtime, (None,))[0]
             check_runtime(runtime, precision)
             if onnx:
                 write_onnx(config, folder, photos)
             if runtime == "openvino":
-                write_config(convert(config, folder, precision, calibrate, max_drop), folder)
+                config = convert(config, folder, precision, calibrate, max_drop)
+            else:
+                config = half_precision(config, folder, precision, calibrate, max_drop)
+            write_config(config, folder)
         except RuntimeUnavailable as error:
             raise ExportError(str(error)) from error
         for path in folder.iterdir():

@@ -27,11 +27,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="to prove on (default: %(default)s)")
     parser.add_argument("--tolerance", type=float, default=0.0, help="greatest difference of logits, on cuda only")
     parser.add_argument("--runtime", default="eager", choices=tuple(PRECISIONS), help="default: %(default)s")
-    parser.add_argument("--precision", default="fp32", help="fp32; openvino: also bf16, int8")
+    choices = "; ".join(f"{runtime}: {', '.join(precisions)}" for runtime, precisions in PRECISIONS.items())
+    parser.add_argument("--precision", help=f"{choices} (default: the first; auto, fp16 and bf16 are for GPUs)")
     parser.add_argument("--calibrate", metavar="DIR", help="photos for int8, with CamVid's labels/ to measure accuracy")
-    parser.add_argument(
-        "--max-drop", type=float, default=0.5, help="points of accuracy that int8 may lose: %(default)s"
-    )
+    parser.add_argument("--max-drop", type=float, default=0.5, help="points of accuracy that may be lost: %(default)s")
     parser.add_argument("--onnx", action="store_true", help="write fastunet.onnx too, checked with onnxruntime")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)  # fastai's own, about torch.jit
