@@ -13,9 +13,9 @@ class Config:
     """A served model. `deployment.export` reads it off the learner and writes it; nobody has to type it."""
 
     # the network: the arguments of DynamicUnetDIY, or of the program fastunet.pt2 its channels and its size
+    arch: str | None  # name of a torchvision model, whose body is the encoder; None: the network is a program
     n_classes: int  # channels of the logits
     img_size: tuple[int, int]  # (height, width) that the network was built for
-    arch: str | None = None  # name of a torchvision model, whose body is the encoder; None: the network is a program
     options: dict = field(default_factory=dict)  # all other arguments that differ from their defaults
 
     # from a photo to a tensor: see photos.Preprocessor
@@ -70,7 +70,7 @@ def read_config(folder: Path | str) -> Config:
         raise ValueError(f"{path} has no section `handler`: write it with `python -m deployment.export`")
     if unknown := section.keys() - {f.name for f in fields(Config)}:
         raise ValueError(f"{path}: unknown setting {', '.join(sorted(map(str, unknown)))} in the section `handler`")
-    if missing := {"n_classes", "img_size"} - section.keys():
+    if missing := {"arch", "n_classes", "img_size"} - section.keys():
         raise ValueError(f"{path}: {', '.join(sorted(missing))} is missing in the section `handler`")
     if section.get("task", TASKS[0]) not in TASKS:
         raise ValueError(f"{path}: the task must be one of: {', '.join(TASKS)}")

@@ -173,7 +173,7 @@ def served(store: Path, photos: list[bytes], **parameters) -> list[dict]:
 
 def same_answer(learner, task: str, photo: Image.Image, answer: dict) -> bool:
     """Whether `answer` says of `photo` what `learner` says of it."""
-    from fastai.vision.all import PILImage, TensorPoint
+    from fastai.vision.all import TensorPoint
 
     opened = learner.dls.valid_ds.tls[0].tfms.fs[0](np.array(photo))
     with learner.no_bar(), learner.no_logging():
@@ -185,7 +185,7 @@ def same_answer(learner, task: str, photo: Image.Image, answer: dict) -> bool:
     if task == NUMBER:
         return np.array_equal(np.array(answer["values"], np.float32), values.reshape(-1))
     if task == POINTS:  # where the answer's points go when fastai treats them, and the photo, as a label
-        item = (PILImage(opened), TensorPoint(torch.tensor(answer["points"]), img_size=photo.size))
+        item = (opened, TensorPoint(torch.tensor(answer["points"]), img_size=photo.size))
         there = learner.dls.valid.after_item(item)[1].as_subclass(torch.Tensor).reshape(-1)
         return np.allclose(there.numpy(), values.reshape(-1), rtol=0, atol=2e-4)
     names = list(learner.dls.vocab)

@@ -14,6 +14,7 @@ def describe_task(learner, output: torch.Size) -> dict:
     """
     kinds, transforms = target(learner.dls)
     if len(output) == 4:
+        refuse_photos(kinds)
         decoding = describe_decoding(learner.loss_func, "segmentation", (2, output[1], 24, 17))
         return {"task": "segmentation", **decoding, "classes": class_names(learner.dls, output[1])}
     task, n_out = named_task(kinds, transforms), output[1] if len(output) == 2 else 1
@@ -60,7 +61,7 @@ def named_task(kinds: list[type], transforms: list) -> str:
         ExportError: it is none that can be served.
     """
     from fastai.data.transforms import Categorize, EncodedMultiCategorize, MultiCategorize, RegressionSetup
-    from fastai.vision.core import PILBase, PILMask, TensorPoint
+    from fastai.vision.core import PILMask, TensorPoint
 
     for task, kind in (
         ("multi-label", (MultiCategorize, EncodedMultiCategorize)),
@@ -73,10 +74,17 @@ def named_task(kinds: list[type], transforms: list) -> str:
         return "points"
     if any(issubclass(kind, PILMask) for kind in kinds):
         return "segmentation"
-    if any(issubclass(kind, PILBase) for kind in kinds):
-        raise ExportError("learners from photo to photo are not supported")
+    refuse_photos(kinds)
     names = ", ".join(name_of(kind) for kind in kinds)
     raise ExportError(f"labels of {names} are not supported: only masks, categories, numbers and points are")
+
+
+def refuse_photos(kinds: list[type]) -> None:
+    """Raises ExportError when the labels are photos themselves."""
+    from fastai.vision.core import PILBase, PILMask
+
+    if any(issubclass(kind, PILBase) and not issubclass(kind, PILMask) for kind in kinds):
+        raise ExportError("learners from photo to photo are not supported: a label is a photo there")
 
 
 def describe_decoding(loss_func, task: str, shape: tuple[int, ...]) -> dict:
