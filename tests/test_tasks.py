@@ -1,6 +1,6 @@
 """Every kind of learner: the served answer is that of `learn.predict`.
 
-`python tests/test_tasks.py` writes the table in deployment/README.md.
+`PYTHONPATH=. python tests/test_tasks.py` writes the table in deployment/README.md.
 """
 
 import base64
@@ -173,7 +173,7 @@ def served(store: Path, photos: list[bytes], **parameters) -> list[dict]:
 
 def same_answer(learner, task: str, photo: Image.Image, answer: dict) -> bool:
     """Whether `answer` says of `photo` what `learner` says of it."""
-    from fastai.vision.all import TensorPoint
+    from fastai.vision.all import TensorPoint, compose_tfms
 
     opened = learner.dls.valid_ds.tls[0].tfms.fs[0](np.array(photo))
     with learner.no_bar(), learner.no_logging():
@@ -186,7 +186,9 @@ def same_answer(learner, task: str, photo: Image.Image, answer: dict) -> bool:
         return np.array_equal(np.array(answer["values"], np.float32), values.reshape(-1))
     if task == POINTS:  # where the answer's points go when fastai treats them, and the photo, as a label
         item = (opened, TensorPoint(torch.tensor(answer["points"]), img_size=photo.size))
-        there = learner.dls.valid.after_item(item)[1].as_subclass(torch.Tensor).reshape(-1)
+        there = (
+            compose_tfms(item, learner.dls.valid.after_item.fs, split_idx=1)[1].as_subclass(torch.Tensor).reshape(-1)
+        )
         return np.allclose(there.numpy(), values.reshape(-1), rtol=0, atol=2e-4)
     names = list(learner.dls.vocab)
     same = {name: np.float32(p) for name, p in answer["probabilities"].items()} == dict(zip(names, values, strict=True))
@@ -448,7 +450,7 @@ def write_table() -> None:
 HEADING = "### Answers of every kind of learner"
 INTRODUCTION = """Learners with random weights, exported as programs, and five photos of different sizes: each answer of
 the handler must be that of `learn.predict`, to the last bit; points go through the learner's own transforms first and
-may then be a thousandth of a pixel away. `python tests/test_tasks.py` writes the table anew, `make test` checks its
+may then be a thousandth of a pixel away. `PYTHONPATH=. python tests/test_tasks.py` writes the table anew, `make test` checks its
 first lines. *own* is a plain `nn.Module`."""
 
 
