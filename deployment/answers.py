@@ -1,4 +1,15 @@
-"""Masks to answers: the shares of the classes, a colored PNG, an overlay on the photo. NumPy and Pillow alone."""
+"""What a model computed to what a client gets: JSON, or of a mask a colored PNG or an overlay on the photo.
+
+| task | answer |
+|---|---|
+| segmentation | `{"base64_prediction": …, "shape": [height, width], "classes": {name: share, …}}`, or a picture |
+| classification | `{"label": name, "probabilities": {name: probability, …}}`, most probable first |
+| multi-label | `{"labels": [name, …], "probabilities": {name: probability, …}}`, likewise |
+| regression | `{"values": [value, …]}` |
+| points | `{"points": [[x, y], …]}` in pixels of the photo as it was sent |
+
+NumPy and Pillow alone.
+"""
 
 import colorsys
 import io
@@ -7,9 +18,11 @@ import numpy as np
 from PIL import Image
 
 if __package__:
-    from .protocol import bad_request
+    from .photos import Preprocessor
+    from .protocol import Request, bad_request
 else:  # in the archive, where the files lie side by side
-    from protocol import bad_request
+    from photos import Preprocessor
+    from protocol import Request, bad_request
 
 # The colors of the CamVid database (Brostow et al. 2009), and of the names that its 11-class subset goes by.
 CAMVID_COLORS = {
@@ -24,6 +37,63 @@ CAMVID_COLORS = {
     "vegetationmisc": (192, 192, 0), "void": (0, 0, 0), "wall": (64, 192, 0),
 }  # fmt: skip
 MAX_JPEG_SIDE = 65500  # pixels
+
+
+def make_answer(
+    output: np.ndarray,
+    preprocessor: Preprocessor,
+    request: Request,
+    size: tuple[int, int],
+    photo: Image.Image | None = None,
+) -> dict:
+    """The answer for one photo, whose `output` is its part of what `runtime.decode` returns.
+
+    Args:
+        preprocessor: that made the model's input of the photo; it holds the configuration.
+        size: (width, height) of the photo as it was sent.
+        photo: what an overlay is drawn on.
+
+    Raises:
+        Rejected: 400 where a picture is asked for and the task gives none.
+        ValueError: the model computed what is no number.
+    """
+    config = preprocessor.config
+    if config.task == "segmentation":
+        mask = output if request.size == "model" else preprocessor.to_photo_size(output, size)
+        return segmentation_answer(mask, config.classes, request.format, photo)
+    if request.format != "json":
+        raise bad_request(f"a model for {config.task} answers in JSON alone: leave out `format` and ask for no image")
+    if not np.isfinite(output).all():
+        raise ValueError("the model computed what is no finite number")
+    if config.task == "classification":
+        return classification_answer(output, config.classes, request.top)
+    if config.task == "multi-label":
+        return multilabel_answer(output, config.classes, config.threshold, request.top)
+    if config.task == "points":
+        points = preprocessor.points_to_photo(output.reshape(-1, 2), size)
+        return {"points": [[round(float(x), 3), round(float(y), 3)] for x, y in points]}
+    return {"values": [number(value) for value in output]}
+
+
+def classification_answer(probabilities: np.ndarray, classes: list[str], top: int | None = None) -> dict:
+    """The most probable of `classes` and the probabilities (float32, one per class), of the `top` highest."""
+    return {"label": classes[int(probabilities.argmax())], "probabilities": ranked(probabilities, classes, top)}
+
+
+def multilabel_answer(probabilities: np.ndarray, classes: list[str], threshold: float, top: int | None = None) -> dict:
+    """Those of `classes` whose probability is above `threshold`, in their own order, and the probabilities."""
+    labels = [name for name, above in zip(classes, probabilities > threshold, strict=True) if above]
+    return {"labels": labels, "probabilities": ranked(probabilities, classes, top)}
+
+
+def ranked(probabilities: np.ndarray, classes: list[str], top: int | None) -> dict[str, float]:
+    """The probability of each class, highest first; of equal ones the first class."""
+    return {classes[i]: number(probabilities[i]) for i in np.argsort(-probabilities, kind="stable")[:top]}
+
+
+def number(value: np.float32) -> float:
+    """`value` as the shortest decimal number that is this float32 when it is read back."""
+    return float(str(value))
 
 
 def segmentation_answer(mask: np.ndarray, classes: list[str], format: str, photo: Image.Image | None) -> dict:

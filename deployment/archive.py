@@ -27,7 +27,8 @@ MODULES = (
     "reports.py",
     "runtime.py",
 )
-MODEL_FILES = {"eager": ("fastunet.pth",), "openvino": ("fastunet.bin", "fastunet.xml")}  # by runtime
+# By runtime; eager's is the configuration's own, `Config.model_file`.
+MODEL_FILES = {"eager": None, "openvino": ("fastunet.bin", "fastunet.xml")}
 
 BATCH_SIZES = {"cpu": 4, "cuda": 32}  # requests together: on a GPU they go through the model as one
 
@@ -44,15 +45,16 @@ def archiver_command(folder: Path | str, name: str = "fastunet", version: str = 
     """
     folder = Path(folder)
     try:
-        runtime = read_config(folder).runtime
+        config = read_config(folder)
     except (OSError, ValueError) as error:
         raise ArchiveError(f"{error}: run `python -m deployment.export LEARNER.pkl --out {folder}` first") from None
-    if runtime not in MODEL_FILES:
-        raise ArchiveError(f"{folder / 'model-config.yaml'}: no runtime {runtime!r}, only {', '.join(MODEL_FILES)}")
-    model_files = [folder / file for file in MODEL_FILES[runtime]]
+    if config.runtime not in MODEL_FILES:
+        path = folder / "model-config.yaml"
+        raise ArchiveError(f"{path}: no runtime {config.runtime!r}, only {', '.join(MODEL_FILES)}")
+    model_files = [folder / file for file in MODEL_FILES[config.runtime] or (config.model_file,)]
     for path in model_files:
         if not path.is_file():
-            raise ArchiveError(f"no {path}, which the runtime {runtime} needs: export the learner again")
+            raise ArchiveError(f"no {path}, which the runtime {config.runtime} needs: export the learner again")
     serialized, *extra = model_files
     return [
         "torch-model-archiver",

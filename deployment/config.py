@@ -5,13 +5,15 @@ from pathlib import Path
 
 import yaml
 
+TASKS = ("segmentation", "classification", "multi-label", "regression", "points")
+
 
 @dataclass(frozen=True)
 class Config:
     """A served model. `deployment.export` reads it off the learner and writes it; nobody has to type it."""
 
-    # the network: the arguments of DynamicUnetDIY
-    arch: str  # name of a torchvision model, whose body is the encoder
+    # the network: the arguments of DynamicUnetDIY, or of the program fastunet.pt2 its channels and its size
+    arch: str | None  # name of a torchvision model, whose body is the encoder; None: the network is a program
     n_classes: int  # channels of the logits
     img_size: tuple[int, int]  # (height, width) that the network was built for
     options: dict = field(default_factory=dict)  # all other arguments that differ from their defaults
@@ -22,10 +24,11 @@ class Config:
     mean: list[float] | None = None  # Normalize, one value per channel; None: the learner does not normalize
     std: list[float] | None = None
 
-    # from logits to an answer: see runtime.decode
+    # from logits to an answer: see runtime.decode and answers.make_answer
+    task: str = "segmentation"  # or one of the other TASKS
     activation: str | None = "softmax"  # of the loss function
-    threshold: float | None = None  # None: the class of the highest value; a number: class 1 above it
-    classes: list[str] = field(default_factory=list)  # a name for each value of a mask
+    threshold: float | None = None  # None: the class of the highest value; a number: each class whose value is above it
+    classes: list[str] = field(default_factory=list)  # a name for each value of a mask, or for each probability
 
     # serving
     runtime: str = "eager"  # what computes: see runtime.PRECISIONS
@@ -38,6 +41,11 @@ class Config:
     def n_in(self) -> int:
         """Channels of a photo: 3 for RGB, 1 for gray."""
         return self.options.get("n_in", 3)
+
+    @property
+    def model_file(self) -> str:
+        """The file that holds the network: the weights of a `DynamicUnetDIY`, or a program of `torch.export`."""
+        return "fastunet.pth" if self.arch else "fastunet.pt2"
 
     @property
     def keeps_photo_size(self) -> bool:
@@ -64,4 +72,6 @@ def read_config(folder: Path | str) -> Config:
         raise ValueError(f"{path}: unknown setting {', '.join(sorted(map(str, unknown)))} in the section `handler`")
     if missing := {"arch", "n_classes", "img_size"} - section.keys():
         raise ValueError(f"{path}: {', '.join(sorted(missing))} is missing in the section `handler`")
+    if section.get("task", TASKS[0]) not in TASKS:
+        raise ValueError(f"{path}: the task must be one of: {', '.join(TASKS)}")
     return Config(**section)

@@ -1,8 +1,8 @@
 """TorchServe handler of a fastai learner: photos in, answers out, in four steps.
 
 `initialize` loads the model, `preprocess` reads a request and makes tensors of its photos just as the learner did,
-`inference` gives each photo its mask, `postprocess` makes the answer. Requests come in batches; each of them, and each
-photo among several of one request, succeeds or fails alone, whichever step fails.
+`inference` gives each photo what the model makes of it, `postprocess` makes the answer. Requests come in batches; each
+of them, and each photo among several of one request, succeeds or fails alone, whichever step fails.
 """
 
 import logging
@@ -39,7 +39,7 @@ class Photo:
     pixels: int = 0  # that it counts for
     image: Image.Image | None = None  # to be decoded, then what an overlay is drawn on
     x: torch.Tensor | None = None  # float32 (channels, height, width), as the model takes it
-    mask: np.ndarray | None = None  # uint8 (height, width)
+    output: np.ndarray | None = None  # what the model made of it: see runtime.decode
     answer: dict | None = None
     error: protocol.Rejected | None = None
 
@@ -108,7 +108,7 @@ class Handler:
             photo.image = None
 
     def inference(self, photos: list[Photo]) -> None:
-        """Set the mask of each photo, or its error. Photos of one shape go through the model together."""
+        """Set the output of each photo, or its error. Photos of one shape go through the model together."""
         groups = {}
         for photo in photos:
             groups.setdefault(photo.x.shape, []).append(photo)
@@ -118,9 +118,9 @@ class Handler:
     def forward(self, photos: list[Photo]) -> None:
         """One forward pass. Where it fails the batch is halved, until the photo that cannot be answered is alone."""
         try:
-            masks = self.model(torch.stack([photo.x for photo in photos])).numpy()
-            for photo, mask in zip(photos, masks, strict=True):
-                photo.mask = mask
+            outputs = self.model(torch.stack([photo.x for photo in photos])).numpy()
+            for photo, output in zip(photos, outputs, strict=True):
+                photo.output = output
             return
         except Exception as error:
             failure = error
@@ -135,7 +135,7 @@ class Handler:
             photos[0].error = self.inference_error(failure)
 
     def inference_error(self, failure: Exception) -> protocol.Rejected:
-        """Whose fault it is that a photo got no mask: its own where the model still takes photos of another shape."""
+        """Whose fault it is that a photo got no output: its own where the model still takes photos of another shape."""
         if self.config.keeps_photo_size and not protocol.out_of_memory(failure):
             try:
                 self.model(torch.zeros(1, self.config.n_in, *self.config.img_size))
@@ -155,8 +155,7 @@ class Handler:
 
     def answer(self, photo: Photo, request: protocol.Request) -> dict:
         """What is said of one photo: see `answers`."""
-        mask = photo.mask if request.size == "model" else self.preprocessor.to_photo_size(photo.mask, photo.size)
-        return answers.segmentation_answer(mask, self.config.classes, request.format, photo.image)
+        return answers.make_answer(photo.output, self.preprocessor, request, photo.size, photo.image)
 
     def handle(self, requests: list[dict], context) -> list[bytes]:
         """A dynamic batch of requests in, as many answers out; the time of each step goes into the metrics."""

@@ -134,15 +134,40 @@ class Preprocessor:
         Each pixel takes the class of the nearest pixel of the mask. Where the model saw only the middle of the photo,
         the rest continues the mask's edge.
         """
-        options = self.config.resize or {}
-        photo = box = resized = size[::-1]  # height, width: the photo, its part that was resized, and to what
-        if options.get("size"):
-            resized = options["size"]
-            if (method := options.get("method", "squish")) != "squish":
-                box = [max(side, 1) for side in resized_box(photo, resized, method)]
-        sides = zip(photo, box, resized, options.get("crop") or resized, mask.shape, strict=True)
+        sides = zip(*self.geometry(size), mask.shape, strict=True)
         rows, columns = (nearest(*side) for side in sides)
         return mask[rows][:, columns]
+
+    def points_to_photo(self, points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """Points that the model sees, in pixels of the photo of `size` (width, height).
+
+        Args:
+            points: (n, 2) float, x and y, from -1 at the left and the top of the model's input to 1 at its other end:
+                fastai's `PointScaler`. Augmentations that sample the photo anew leave them as they are.
+
+        Returns:
+            (n, 2) float64; 0 is the outer edge of the first pixel. Points may lie outside the photo.
+        """
+        x_and_y = zip(np.asarray(points, np.float64).T, *(side[::-1] for side in self.geometry(size)), strict=True)
+        columns = []
+        for values, n, box, resized, crop in x_and_y:
+            seen = (values + 1) * crop / 2 + (resized - crop) // 2  # in pixels of the photo as it was resized
+            columns.append(seen * box / resized + int(0.5 * (n - box)))
+        return np.stack(columns, axis=1)
+
+    def geometry(self, size: tuple[int, int]) -> list[tuple[int, int]]:
+        """How `resize` treats a photo of `size` (width, height), as four pairs of (height, width).
+
+        They are: the photo, its part in the middle that is resized, to what, and the part in the middle of that which
+        is cut out, or to which it is padded.
+        """
+        options = self.config.resize or {}
+        photo = box = resized = size[::-1]
+        if options.get("size"):
+            resized = tuple(options["size"])
+            if (method := options.get("method", "squish")) != "squish":
+                box = tuple(max(side, 1) for side in resized_box(photo, resized, method))
+        return [photo, box, resized, tuple(options.get("crop") or resized)]
 
 
 def resized_box(photo: tuple[int, int], size: tuple[int, int], method: str) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 | request | |
 |---|---|
 | a photo as the body | |
-| multipart form | the photo in the field `data`, options in `format` and `size` |
+| multipart form | the photo in the field `data`, options in `format`, `size` and `top` |
 | JSON | `{"instances": [{"b64": …} or {"data": {"b64": …}}, …], "parameters": {…}}`, as AI Platform sends it |
 """
 
@@ -67,6 +67,7 @@ class Request:
     instances: list  # one per photo: bytes, or, of a JSON request, what `read_instance` makes bytes of
     format: str = "json"  # of the answer: one of MEDIA_TYPES
     size: str = "model"  # of the mask: one of SIZES
+    top: int | None = None  # so many probabilities, the highest; None: all
     is_json: bool = False  # then the answers, one per instance, lie under "predictions"
 
 
@@ -109,11 +110,11 @@ def read_request(fields: dict, accept: str = "") -> Request:
     return Request(instances, *read_options(parameters or {}), is_json=True)
 
 
-def read_options(fields: dict, accept: str = "") -> tuple[str, str]:
-    """The format and the size of the answer: of the fields, else the first type in `accept` that can be made.
+def read_options(fields: dict, accept: str = "") -> tuple[str, str, int | None]:
+    """Format, size and top of the answer: of the fields, and the format else of the first type in `accept` that exists.
 
     Raises:
-        Rejected: 400 for a format or a size that does not exist.
+        Rejected: 400 for a format, a size or a number that does not exist.
     """
     accepted = (media_type.split(";")[0].strip().lower() for media_type in accept.split(","))
     formats = {media_type: name for name, media_type in MEDIA_TYPES.items()} | {"*/*": "json"}
@@ -126,7 +127,14 @@ def read_options(fields: dict, accept: str = "") -> tuple[str, str]:
         if given is not None and not (isinstance(given, str) and given in choices):
             raise bad_request(f"`{name}` must be one of: {', '.join(choices)}")
         values.append(given or value)
-    return values[0], values[1]
+    top = fields.get("top")
+    if isinstance(top, str | bytes | bytearray) and top.isdigit() and len(top) < 10:  # as a form sends it
+        top = int(top)
+    elif isinstance(top, float) and top.is_integer():  # as AI Platform sends it
+        top = int(top)
+    if top is not None and (type(top) is not int or top < 1):
+        raise bad_request("`top` must be a whole number above 0")
+    return values[0], values[1], top
 
 
 def read_instance(instance) -> bytes:

@@ -4,9 +4,12 @@ Each optional package is imported only where it is used.
 """
 
 import importlib
+import io
+import json
 import logging
 import os
 import threading
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +32,7 @@ logger = logging.getLogger(__name__)
 # By runtime, the default first. What is eager's is for a GPU, auto being what answers as fp32 there; a CPU has fp32.
 PRECISIONS = {"eager": ("auto", "fp32", "fp16", "bf16"), "openvino": ("fp32", "bf16", "int8")}
 ACTIVATIONS = {"softmax": lambda x: x.softmax(dim=1), "sigmoid": torch.sigmoid, None: lambda x: x}
-Predict = Callable[[Tensor], Tensor]  # float32 (N, channels, H, W) to uint8 (N, H, W)
+Predict = Callable[[Tensor], Tensor]  # float32 (N, channels, H, W) to what `decode` returns
 
 
 class RuntimeUnavailable(RuntimeError):
@@ -37,7 +40,9 @@ class RuntimeUnavailable(RuntimeError):
 
 
 def load(config: Config, folder: Path | str, device: torch.device | None = None) -> Predict:
-    """The model in `folder` as a function from photos to masks, warm: it has run already. Any thread may call it.
+    """The model in `folder` as a function from photos to what `decode` makes of them, warm: it has run already.
+
+    Any thread may call it.
 
     `device` is where PyTorch computes (default: the CPU). OpenVINO computes on the CPU, with as many threads as torch
     has, which OMP_NUM_THREADS sets.
@@ -51,7 +56,7 @@ def load(config: Config, folder: Path | str, device: torch.device | None = None)
     if config.exported_with.get("torch", torch.__version__).split(".")[:2] != torch.__version__.split(".")[:2]:
         exported = config.exported_with["torch"]
         logger.warning(
-            "exported with torch %s, served with %s: masks may round differently", exported, torch.__version__
+            "exported with torch %s, served with %s: answers may round differently", exported, torch.__version__
         )
     if config.runtime == "openvino":
         import_optional("openvino")
@@ -63,7 +68,7 @@ def load(config: Config, folder: Path | str, device: torch.device | None = None)
     else:
         predict, precision = eager(config, folder, device), "fp32"
     predict(torch.zeros(1, config.n_in, *config.img_size))
-    logger.info("%s with %s in %s on %s", config.arch, config.runtime, precision, device)
+    logger.info("%s with %s in %s on %s", config.arch or config.model_file, config.runtime, precision, device)
     return predict
 
 
@@ -95,46 +100,93 @@ def choose_device(gpu: int | None = None) -> torch.device:
     return torch.device("cpu")
 
 
-def load_network(config: Config, folder: Path | str) -> DynamicUnetDIY:
-    """The network that `config` describes, with the weights in `folder`/fastunet.pth, in evaluation mode."""
-    weights = torch.load(Path(folder, "fastunet.pth"), map_location="cpu", weights_only=True)
+def load_network(config: Config, folder: Path | str) -> torch.nn.Module:
+    """The network of `config`, in evaluation mode: float32 (N, channels, H, W) to the learner's logits.
+
+    It is a `DynamicUnetDIY` with the weights in `folder`/fastunet.pth, or the program in `folder`/fastunet.pt2.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: the program is damaged, or holds what would have to be unpickled.
+    """
+    path = Path(folder, config.model_file)
+    if not config.arch:
+        return load_program(path)
+    weights = torch.load(path, map_location="cpu", weights_only=True)
     with torch.device("meta"):  # no memory, no random initialization: every tensor comes from the file
         network = DynamicUnetDIY(config.arch, config.n_classes, config.img_size, **config.options)
     network.load_state_dict(weights, strict=True, assign=True)
     return network.eval()
 
 
-class Model(torch.nn.Module):
-    """A network and the decoding of its output: float32 (N, channels, H, W) to uint8 (N, H, W), classes.
+def load_program(path: Path) -> torch.nn.Module:
+    """The program at `path` as a module of torch's own operations and its tensors: no fastai, no timm.
 
-    `exact` computes what `learn.predict` computes. Otherwise an activation that leaves the order of the classes as it
-    is may be left out, which is faster.
+    A program must come from where you trust it. `torch.export.load` opens the pickles that it may hold, which can run
+    any code: those that are more than tensors are refused here, by `weights_only`, before. But it also reads the sizes
+    of the tensors as Python expressions, and nobody looks at these.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or holds pickles of more than tensors.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            entries = {entry: entry.filename.rpartition("/")[2] for entry in file.infolist()}
+            configs = [json.loads(file.read(entry)) for entry, name in entries.items() if name.endswith("_config.json")]
+            payloads = [payload for config in configs for payload in config["config"].values()]
+            pickled = {payload["path_name"] for payload in payloads if payload["use_pickle"]}
+            for entry, name in entries.items():
+                if entry.file_size and (name.endswith(".pt") or name in pickled):
+                    torch.load(io.BytesIO(file.read(entry)), weights_only=True)
+        module = torch.export.load(path).module(check_guards=False).requires_grad_(False)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # of a damaged file: any
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} cannot be loaded as a program of torch.export: {reason}") from None
+    del module.train, module.eval  # which refuse: a program has no modes, and asking for one does no harm
+    return module
+
+
+class Model(torch.nn.Module):
+    """A network and the decoding of its output: float32 (N, channels, H, W) to what `decode` returns.
+
+    `exact` computes what `learn.predict` computes. Otherwise an activation that leaves the order of the classes of a
+    mask as it is may be left out, which is faster.
     """
 
     def __init__(self, config: Config, folder: Path | str, exact: bool = True):
         super().__init__()
         self.network = load_network(config, folder)
-        self.threshold = config.threshold
-        self.activation = config.activation if exact or config.threshold is not None else None
+        self.masks, self.threshold = config.task == "segmentation", config.threshold
+        leave_out = self.masks and config.threshold is None and not exact
+        self.activation = None if leave_out else config.activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return decode(self.network(x), self.activation, self.threshold)
+        return decode(self.network(x), self.activation, self.threshold, self.masks)
 
 
-def decode(logits: Tensor, activation: str | None = "softmax", threshold: float | None = None) -> Tensor:
-    """The mask that `learn.predict` makes of `logits`: its loss function's `activation`, then its `decodes`.
+def decode(
+    logits: Tensor, activation: str | None = "softmax", threshold: float | None = None, masks: bool = True
+) -> Tensor:
+    """What `learn.predict` makes of `logits`: its loss function's `activation`, and for masks also its `decodes`.
 
-    The activation matters where rounding makes equal what was not: ties go to the first class.
+    In masks the activation matters where rounding makes equal what was not: ties go to the first class.
 
     Args:
-        logits: (N, n_classes, H, W) float.
+        logits: float (N, n_classes, H, W) for masks, else (N, n_classes) or (N,).
         activation: one of `ACTIVATIONS`.
-        threshold: None for the class of the highest value; a number, with one output channel, for class 1 above it.
+        threshold: of masks: None for the class of the highest value; a number, with one output channel, for class 1
+            above it.
 
     Returns:
-        (N, H, W) uint8.
+        Masks as uint8 (N, H, W); else float32 (N, n_classes): probabilities, values, or x and y of each point in turn,
+        from -1 to 1.
     """
     values = ACTIVATIONS[activation](logits)
+    if not masks:
+        return values.flatten(1) if values.ndim > 1 else values[:, None]
     return (values.argmax(dim=1) if threshold is None else values[:, 0] > threshold).to(torch.uint8)
 
 

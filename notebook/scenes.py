@@ -50,6 +50,7 @@ LIGHTS = [
     ((164, 172, 184), (218, 221, 224), (0.94, 0.96, 0.99), 0.12, 0.90, 0.1),
     ((82, 90, 150), (246, 178, 162), (0.86, 0.82, 0.88), 0.18, 0.50, 0.6),
 ]
+LIGHT_NAMES = ["noon", "afternoon", "evening", "overcast", "dusk"]
 LEAVES = [(92, 140, 62), (74, 122, 66), (118, 150, 66), (58, 104, 70), (204, 142, 58), (190, 96, 56), (226, 164, 180)]
 SKIN = [(240, 204, 176), (206, 156, 120), (150, 104, 76), (98, 68, 52)]
 NEAR = 1.5  # metres; nothing is drawn closer to the camera than this
@@ -60,7 +61,8 @@ class Canvas:
 
     def __init__(self, rng, height, width):
         self.rng, self.h, self.w = rng, height, width
-        self.sky, self.haze, self.sun, self.depth, self.cloud, self.lit = LIGHTS[rng.integers(len(LIGHTS))]
+        self.light = int(rng.integers(len(LIGHTS)))
+        self.sky, self.haze, self.sun, self.depth, self.cloud, self.lit = LIGHTS[self.light]
         self.sun_side = rng.choice([-1, 1])
         self.focal = width * rng.uniform(0.72, 0.9)
         self.cx, self.horizon = width * rng.uniform(0.42, 0.58), height * rng.uniform(0.42, 0.5)
@@ -571,9 +573,8 @@ def draw_scene(seed: int, size: tuple[int, int] = (96, 128)) -> tuple[Image.Imag
 
     The same seed and size give the same pixels.
     """
-    rng = np.random.default_rng(seed)
-    scale = 4 if size[0] < 200 else 2
-    c = Canvas(rng, size[0] * scale, size[1] * scale)
+    c, scale = open_canvas(seed, size)
+    rng = c.rng
     sky(c)
 
     half, pave = rng.uniform(3.2, 4.6), rng.uniform(1.8, 3.2)
@@ -659,6 +660,20 @@ def draw_scene(seed: int, size: tuple[int, int] = (96, 128)) -> tuple[Image.Imag
         c.pens[0].ellipse(box, tuple(int(v) for v in np.clip(color, 0, 255)))
         c.pens[1].ellipse(box, CODES.index("Void"))
     return finish(c, rng, size, scale)
+
+
+def open_canvas(seed, size):
+    """The empty canvas of a scene, with its light and its camera, and how much larger than `size` it is."""
+    scale = 4 if size[0] < 200 else 2
+    return Canvas(np.random.default_rng(seed), size[0] * scale, size[1] * scale), scale
+
+
+def light_and_end(seed: int, size: tuple[int, int] = (96, 128)) -> tuple[str, tuple[float, float]]:
+    """What `draw_scene` of the same arguments does not say: the scene's light, one of LIGHT_NAMES, and (x, y) in pixels
+    of the point in which the lines of the street meet.
+    """
+    c, scale = open_canvas(seed, size)
+    return LIGHT_NAMES[c.light], (c.cx / scale, c.horizon / scale)
 
 
 def finish(c, rng, size, scale):

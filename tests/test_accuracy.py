@@ -22,7 +22,7 @@ def test_scores_leave_out_void_by_its_name():
 def test_without_labels_agreement_alone_is_reported():
     a, b = torch.zeros(1, 4, 4, dtype=torch.uint8), torch.zeros(1, 4, 4, dtype=torch.uint8)
     b[0, 0, 0] = 1
-    assert compare_masks([a, a], [a, b], None, SMALL.classes) == {"photos": 2, "mask_agreement": 31 / 32}
+    assert compare_masks([a, a], [a, b], None, SMALL.classes) == {"photos": 2, "agreement": 31 / 32}
 
 
 def test_the_drop_is_the_larger_of_both():
@@ -31,7 +31,7 @@ def test_the_drop_is_the_larger_of_both():
     report = compare_masks([label], [converted], [label], ["a", "b"])
     assert report["pixel_accuracy"] == {"original": 1, "converted": 0.9}
     assert report["mean_iou"] == {"original": 1, "converted": 0.45}
-    assert (report["mask_agreement"], report["drop"]) == (0.9, 55)
+    assert (report["agreement"], report["drop"]) == (0.9, 55)
 
 
 @pytest.mark.parametrize(("value", "message"), [(7, "class 7, but the model knows 4 classes"), (None, "no label")])

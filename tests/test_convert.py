@@ -26,7 +26,7 @@ def test_writes_two_files_and_says_so_in_the_configuration(converted, tmp_path):
         "model-config.yaml"
     }
     assert (config.runtime, config.precision) == ("openvino", "fp32")
-    assert config.accuracy["mask_agreement"] >= MIN_AGREEMENT["fp32"]
+    assert config.accuracy["agreement"] >= MIN_AGREEMENT["fp32"]
     write_config(config, tmp_path)
     assert read_config(tmp_path) == config
     assert yaml.safe_load((tmp_path / "model-config.yaml").read_text())["handler"]["accuracy"] == config.accuracy
@@ -51,7 +51,7 @@ def test_int8_reports_accuracy_and_agreement(small_masks, camvid_folder, int8):
     assert (folder / "fastunet.bin").stat().st_size < 0.3 * (folder / "fastunet.pth").stat().st_size
     predict = runtime.load(config, folder)
     x = torch.stack([Preprocessor(SMALL)((camvid_folder / "images" / f"{i}.png").read_bytes()) for i in range(3)])
-    assert agreement(predict(x), small_masks(x)) == pytest.approx(report["mask_agreement"], abs=1e-6)
+    assert agreement(predict(x), small_masks(x)) == pytest.approx(report["agreement"], abs=1e-6)
 
 
 def test_refuses_int8_that_loses_accuracy_and_keeps_what_was_there(

@@ -24,8 +24,8 @@ from deployment.protocol import Rejected, Request, read_instance, read_options, 
     ],
 )
 def test_accept(accept, format):
-    assert read_options({}, accept) == (format, "model")
-    assert read_options({"format": b"png"}, accept) == ("png", "model")
+    assert read_options({}, accept) == (format, "model", None)
+    assert read_options({"format": b"png"}, accept) == ("png", "model", None)
 
 
 def test_accept_chooses_the_format_but_of_json_which_is_answered_with_json():

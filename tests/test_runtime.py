@@ -188,7 +188,7 @@ def test_handler_serves_a_converted_model(small_masks, converted):
     handler.load(folder)
     batch = [Photo(x=x) for x in photo_batch(6)]
     handler.inference(batch)
-    masks = torch.from_numpy(np.stack([photo.mask for photo in batch]))
+    masks = torch.from_numpy(np.stack([photo.output for photo in batch]))
     assert agreement(masks, small_masks(photo_batch(6))) > 0.999
 
 

@@ -72,6 +72,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     answers = argparse.ArgumentParser(add_help=False)
     answers.add_argument("--format", choices=["png", "overlay"], help="write masks (.png) or overlays (.jpg) to --out")
     answers.add_argument("--size", choices=["original"], help="masks at the photos' own size")
+    answers.add_argument("--top", type=int, help="only so many probabilities, the highest")
     answers.add_argument("--out", type=Path, default=".", help="folder for the pictures")
 
     parser = argparse.ArgumentParser(
@@ -102,7 +103,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--log-to", metavar="bq://PROJECT.DATASET.TABLE", help="log requests and answers to BigQuery")
     p.add_argument("--log-rate", type=float, default=1.0, help="part of the requests to log, 0 to 1")
 
-    p = command("predict", "send image files; print the share of each class, or write pictures", answers)
+    p = command("predict", "send image files; print the answers, or write pictures", answers)
     p.add_argument("images", nargs="+", type=Path)
 
     p = command("batch", "predict many images by a job, from and to Cloud Storage", machines, answers)

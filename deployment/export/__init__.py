@@ -1,10 +1,11 @@
-"""Export a fastai U-Net learner for serving: `python -m deployment.export LEARNER.pkl --out model_store`.
+"""Export a fastai vision learner for serving: `python -m deployment.export LEARNER.pkl --out model_store`.
 
-Everything that serving must know is read off the learner: the network's architecture and options, what happens to a
-photo at validation time, how logits become a mask, the class names. Then the pure-PyTorch copy is proven equal, on
-photos, through the complete pipeline of either side; only then are weights and configuration written.
+Everything that serving must know is read off the learner: the network, what happens to a photo at validation time, how
+logits become an answer, the class names. A U-Net on an encoder of torchvision becomes a `DynamicUnetDIY`, every other
+network a program of `torch.export`. Then this copy is proven equal, on photos, through the complete pipeline of either
+side; only then are network and configuration written.
 
-This package is the only place that knows fastai, OpenVINO's converter and NNCF. Nothing of it runs on a server.
+This package is the only place that knows fastai, ONNX, OpenVINO's converter and NNCF. Nothing of it runs on a server.
 """
 
 import dataclasses
@@ -20,8 +21,10 @@ from ..runtime import PRECISIONS, RuntimeUnavailable, check_runtime
 from .convert import convert
 from .describe import describe_learner
 from .half import half_precision
-from .learner import ExportError, load_learner, unet
-from .prove import find_photos, prove, sample_photos
+from .learner import ExportError, load_learner, network
+from .onnx_file import write_onnx
+from .program import capture, capture_widest, has_free_size
+from .prove import find_photos, prove, sample_photos, size_of
 
 __all__ = ["ExportError", "export_learner", "load_learner"]
 
@@ -47,18 +50,21 @@ def export_learner(
     precision: str | None = None,
     calibrate: Path | str | None = None,
     max_drop: float = 0.5,
+    onnx: bool = False,
 ) -> Path:
-    """Write `fastunet.pth` and `model-config.yaml` of `learner` into `out_dir`, once they are proven; return `out_dir`.
+    """Write the network and `model-config.yaml` of `learner` into `out_dir`, once they are proven; return `out_dir`.
 
-    For the runtime `openvino` the converted model, `fastunet.xml` and `fastunet.bin`, is written too.
+    The network is `fastunet.pth`, the weights of a `DynamicUnetDIY`, or `fastunet.pt2`, a program. For the runtime
+    `openvino` the converted model, `fastunet.xml` and `fastunet.bin`, is written too.
 
     Args:
-        learner: a `fastai.learner.Learner` around a U-Net, as `unet_learner` makes it.
+        learner: a `fastai.learner.Learner` for one photo in and a mask, a class, classes, values or points out.
         out_dir: folder to write into; files already there are replaced whole, or left as they are.
         check: folder of photos to prove the copy on; default: generated photos of several sizes and modes.
         tolerance: greatest difference of a logit that is accepted, on a GPU only; on a CPU there is none.
         runtime, precision: what serves the model, see `deployment.runtime.PRECISIONS`, whose first is the default.
         calibrate, max_drop: as in `deployment.export.convert.convert`; also for fp16 and bf16 on a GPU.
+        onnx: write `fastunet.onnx` as well, see `deployment.export.onnx_file`.
 
     Raises:
         ExportError: the learner holds something that cannot be reproduced, the copy's output differs, the runtime
@@ -71,13 +77,14 @@ def export_learner(
         folder = Path(scratch, "store")  # takes its place in `out_dir` once all is well
         folder.mkdir()
         photos = find_photos(check) if check else sample_photos(scratch, config.img_size)
-        state = {name: value.detach().cpu().contiguous() for name, value in unet(learner).state_dict().items()}
-        torch.save(state, folder / "fastunet.pth")
+        config, photos = write_network(network(learner), config, folder, photos)
         write_config(config, folder)
         prove(learner, read_config(folder), folder, photos, tolerance)
         try:
             precision = precision or PRECISIONS.get(runtime, (None,))[0]
             check_runtime(runtime, precision)
+            if onnx:
+                write_onnx(config, folder, photos)
             if runtime == "openvino":
                 config = convert(config, folder, precision, calibrate, max_drop)
             else:
@@ -88,6 +95,29 @@ def export_learner(
         for path in folder.iterdir():
             os.replace(path, out_dir / path.name)
     return out_dir
+
+
+def write_network(
+    model: torch.nn.Module, config: Config, folder: Path, photos: list[Path]
+) -> tuple[Config, list[Path]]:
+    """Write `model` into `folder`, in the form that `config` says; return `config`, and those of `photos` it can take.
+
+    Where photos keep their own size, a program takes every size if torch.export can leave it free, and else that of the
+    first photo alone.
+    """
+    if config.arch:
+        state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+        torch.save(state, folder / config.model_file)
+        return config, photos
+    program = capture_widest(model, config)
+    if config.keeps_photo_size and not has_free_size(program):
+        config = dataclasses.replace(config, img_size=size_of(photos[0]))
+        photos = [path for path in photos if size_of(path) == config.img_size]
+        program = capture(model, config.n_in, config.img_size)
+        h, w = config.img_size
+        print(f"torch.export cannot leave the size of photos free for this network: it takes {w} × {h} pixels alone")
+    torch.export.save(program, folder / config.model_file)
+    return config, photos
 
 
 def write_config(config: Config, folder: Path | str) -> None:

@@ -5,6 +5,7 @@ import sys
 import warnings
 from pathlib import Path
 
+from ..config import read_config
 from ..runtime import PRECISIONS
 from . import ExportError, export_learner, load_learner
 
@@ -15,7 +16,7 @@ def main() -> None:
     """The command line; ends with status 2 and one line on stderr where the learner cannot be exported."""
     parser = argparse.ArgumentParser(
         prog="python -m deployment.export",
-        description="Export a fastai U-Net learner for serving, once its pure-PyTorch copy is proven equal.",
+        description="Export a fastai vision learner for serving, once its copy without fastai is proven equal.",
     )
     parser.add_argument("learner", help="the file that learn.export() wrote")
     parser.add_argument("--out", default="model_store", help="folder to write into (default: %(default)s)")
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--precision", help=f"{choices} (default: the first; eager's are for GPUs)")
     parser.add_argument("--calibrate", metavar="DIR", help="photos for int8, with CamVid's labels/ to measure accuracy")
     parser.add_argument("--max-drop", type=float, default=0.5, help="points of accuracy that may be lost: %(default)s")
+    parser.add_argument("--onnx", action="store_true", help="write fastunet.onnx too, checked with onnxruntime")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)  # fastai's own, about torch.jit
     try:
@@ -49,7 +51,8 @@ def main() -> None:
         reason = " ".join(f"{type(e).__name__}: {e}".split())
         print(f"error: {args.learner} cannot be exported ({reason})", file=sys.stderr)
         sys.exit(2)
-    print(f"wrote {out / 'fastunet.pth'} and {out / 'model-config.yaml'}")
+    files = [read_config(out).model_file, *(["fastunet.onnx"] if args.onnx else []), "model-config.yaml"]
+    print("wrote " + ", ".join(str(out / file) for file in files))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,104 @@
-"""How good masks are: beside those of the original model, and beside labels where there are some."""
+"""How good answers are: beside those of the original model, and beside labels where there are some.
 
+A photo's label is, for a mask, CamVid's (see `dataset`). For the other tasks it is a line of `labels.csv` beside the
+photos: the photo's name, then its class; its classes, with `;` between them; its numbers; or x and y of its points in
+pixels. The class may also be the name of the photo's folder.
+"""
+
+import csv
 import re
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
+from ..config import Config
 from ..photos import Preprocessor
 from .dataset import label_of
 from .learner import ExportError
+from .tasks import decision
+
+
+def read_labels(photos: list[Path], folder: Path | str, preprocessor: Preprocessor) -> list[Tensor] | None:
+    """The label of each of `photos`, which lie in `folder`, in the form of the model's output; None: there are none.
+
+    Raises:
+        ExportError: some are missing, or cannot be read.
+    """
+    config = preprocessor.config
+    if not photos:
+        return None
+    if config.task == "segmentation":
+        return [read_label(path, preprocessor) for path in photos] if label_of(photos[0]).exists() else None
+    listing = Path(folder, "labels.csv")
+    if listing.is_file():
+        with listing.open(newline="", encoding="utf-8") as file:
+            lines = {line[0]: line[1:] for line in csv.reader(file) if line}
+        given = [lines.get(path.name) or lines.get(path.relative_to(folder).as_posix()) for path in photos]
+    elif config.task == "classification" and all(path.parent.name in config.classes for path in photos):
+        given = [[path.parent.name] for path in photos]
+    else:
+        return None
+    labels = []
+    for path, values in zip(photos, given, strict=True):
+        try:
+            labels.append(as_output(values, path, preprocessor))
+        except (TypeError, ValueError) as error:
+            raise ExportError(f"{path.name} has no label that can be used in {listing}: {error}") from None
+    return labels
+
+
+def as_output(values: list[str], photo: Path, preprocessor: Preprocessor) -> Tensor:
+    """What a model without fault would give for `photo`, whose label is `values`: float32 (1, n)."""
+    config = preprocessor.config
+    if config.task in ("classification", "multi-label"):
+        names = [name for name in values[0].split(";") if name] if config.task == "multi-label" else values[:1]
+        if unknown := set(names) - set(config.classes):
+            raise ValueError(f"the model does not know {', '.join(sorted(unknown))}")
+        return torch.tensor([[float(name in names) for name in config.classes]])
+    numbers = np.array([float(value) for value in values])
+    if len(numbers) != config.n_classes:
+        raise ValueError(f"{len(numbers)} numbers instead of {config.n_classes}")
+    if config.task == "points":
+        with Image.open(photo) as image:
+            corners = preprocessor.points_to_photo(np.array([[-1, -1], [1, 1]]), image.size)
+        numbers = (2 * (numbers.reshape(-1, 2) - corners[0]) / (corners[1] - corners[0]) - 1).ravel()
+    return torch.from_numpy(numbers).float()[None]
+
+
+def compare(config: Config, original: list[Tensor], converted: list[Tensor], labels: list[Tensor] | None) -> dict:
+    """The answers of the converted model beside the original's: `agreement`, and with `labels` the accuracy of both.
+
+    Agreement is the share of the pixels or labels that are the same, of values and points how close they are, from 0 to
+    1; `drop` is what accuracy loses, in points of percent, of errors relative to the range of the labels.
+    """
+    if config.task == "segmentation":
+        return compare_masks(original, converted, labels, config.classes)
+    ours, theirs = (decision(torch.cat(outputs), config.task, config.threshold) for outputs in (original, converted))
+    if ours.is_floating_point():
+        agreement = 1 - ((ours - theirs).abs().mean() / ours.abs().max().clamp(min=1e-6)).item()
+    else:
+        agreement = (ours == theirs).float().mean().item()
+    report = {"photos": len(original), "agreement": round(agreement, 6)}
+    if labels is not None:
+        truth = torch.cat(labels)
+        name, before, after = (*score(ours, truth, config), score(theirs, truth, config)[1])
+        report[name] = {"original": round(before, 5), "converted": round(after, 5)}
+        lost = before - after if name != "mean_error" else (after - before) / (truth.max() - truth.min()).item()
+        report["drop"] = round(100 * lost, 3)
+    return report
+
+
+def score(decided: Tensor, truth: Tensor, config: Config) -> tuple[str, float]:
+    """The measure of the task, by name: share of right classes, F-score of all labels together, or mean error."""
+    if config.task == "classification":
+        return "top_1", (decided == truth.argmax(dim=1)).float().mean().item()
+    if config.task == "multi-label":
+        hits = (decided & (truth > 0)).sum().item()
+        return "f_score", 2 * hits / max(1, decided.sum().item() + int(truth.sum()))
+    return "mean_error", (decided - truth).abs().mean().item()
 
 
 def read_label(photo: Path, preprocessor: Preprocessor) -> Tensor:
@@ -36,7 +125,7 @@ def compare_masks(
     Accuracies are shares of 1 over all pixels that are not void; `drop` is in points of percent, the larger of the two.
     """
     equal = sum((a == b).sum().item() for a, b in zip(original, converted, strict=True))
-    report = {"photos": len(original), "mask_agreement": round(equal / sum(m.numel() for m in original), 6)}
+    report = {"photos": len(original), "agreement": round(equal / sum(m.numel() for m in original), 6)}
     if labels is not None:
         before, after = mask_scores(original, labels, classes), mask_scores(converted, labels, classes)
         for name in before:
@@ -59,9 +148,9 @@ def mask_scores(masks: list[Tensor], labels: list[Tensor], classes: list[str]) -
 
 
 def report_text(report: dict) -> str:
-    """What `compare_masks` found, in words."""
-    lines = [f"{report['mask_agreement']:.3%} of the pixels of {report['photos']} photos as before the conversion"]
-    for name in ("pixel_accuracy", "mean_iou"):
+    """What `compare` found, in words."""
+    lines = [f"{report['agreement']:.3%} agreement with the model before the conversion, on {report['photos']} photos"]
+    for name in ("pixel_accuracy", "mean_iou", "top_1", "f_score", "mean_error"):
         if name in report:
             lines.append(f"{name}: {report[name]['original']:.4f} before, {report[name]['converted']:.4f} after")
     return "\n".join(lines)

@@ -15,9 +15,10 @@ from ..config import Config
 from ..openvino_runtime import has_bf16, load_openvino
 from ..photos import Preprocessor
 from ..runtime import Model, check_runtime, eager, import_optional
-from .accuracy import compare_masks, read_label, report_text
-from .dataset import label_of, split_photos
+from .accuracy import compare, read_labels, report_text
+from .dataset import split_photos
 from .learner import ExportError
+from .program import capture_widest
 
 # The share of pixels that must keep their class: in fp32, and in less than that where no labels say what it costs.
 MIN_AGREEMENT = {"fp32": 0.9999, "bf16": 0.98, "int8": 0.98}
@@ -31,12 +32,12 @@ def convert(
     calibrate: Path | str | None = None,
     max_drop: float = 0.5,
 ) -> Config:
-    """Write the model of `config` and `folder`/fastunet.pth for OpenVINO: fastunet.xml and fastunet.bin beside it.
+    """Write the model of `config` and `folder` for OpenVINO: fastunet.xml and fastunet.bin beside it.
 
-    `calibrate` is a folder of photos, or one in CamVid's layout. int8 is calibrated on the training photos, and what
-    comes out is measured on the others: with labels it may lose `max_drop` points of pixel accuracy and of mean IoU,
-    without labels it must keep the class of 98 % of the pixels. int8 that does not is tried again more carefully: with
-    the last layers in float too, then, with labels, under NNCF's accuracy control.
+    `calibrate` is a folder of photos, with labels as `accuracy` says. int8 is calibrated on the training photos, and
+    what comes out is measured on the others: with labels it may lose `max_drop` points of accuracy (of masks also of
+    mean IoU), without labels 98 % of the answers must stay. int8 that does not is tried again more carefully: with the
+    last layers in float too, then, with labels, under NNCF's accuracy control.
 
     Returns:
         `config` with the new runtime and precision, and with what was measured as `accuracy`.
@@ -53,7 +54,7 @@ def convert(
     train, valid = calibration_photos(calibrate) if calibrate else ([], [])
     noise = torch.rand(4, 1, config.n_in, *config.img_size, generator=torch.Generator().manual_seed(0))
     inputs = [preprocessor(path.read_bytes())[None] for path in valid] or list(noise)
-    labels = [read_label(path, preprocessor) for path in valid] if valid and label_of(valid[0]).exists() else None
+    labels = read_labels(valid, calibrate, preprocessor)
     original = [*map(eager(config, folder, torch.device("cpu")), inputs)]
 
     if precision == "bf16" and not has_bf16():
@@ -65,7 +66,7 @@ def convert(
     best, least = None, float("inf")
     for candidate in tries:
         predict = load_openvino(candidate, torch.get_num_threads(), precision)
-        report = compare_masks(original, [*map(predict, inputs)], labels, config.classes)
+        report = compare(config, original, [*map(predict, inputs)], labels)
         if (lost := excess(report, precision, max_drop)) < least:
             best, least = (candidate, report), lost
         if least <= 0:
@@ -75,7 +76,7 @@ def convert(
     if least > 0 and precision != "fp32" and "drop" in report:
         raise ExportError(f"{precision} loses {report['drop']:.2f} points, more than --max-drop {max_drop:g}")
     if least > 0:
-        raise ExportError(f"only {report['mask_agreement']:.4%} of the pixels are as PyTorch has them")
+        raise ExportError(f"only {report['agreement']:.4%} of the answers are as PyTorch has them")
 
     part = Path(folder, "fastunet.part.xml")
     ov.save_model(candidate, part, compress_to_fp16=False)
@@ -88,7 +89,7 @@ def excess(report: dict, precision: str, max_drop: float) -> float:
     """How much worse than allowed a conversion is, in points; at most 0 for a good one."""
     if "drop" in report and precision != "fp32":
         return report["drop"] - max_drop
-    return 100 * (MIN_AGREEMENT[precision] - report["mask_agreement"])
+    return 100 * (MIN_AGREEMENT[precision] - report["agreement"])
 
 
 def calibration_photos(folder: Path | str) -> tuple[list[Path], list[Path]]:
@@ -107,7 +108,7 @@ def calibration_photos(folder: Path | str) -> tuple[list[Path], list[Path]]:
 
 
 def to_openvino(config: Config, folder: Path | str):
-    """The network of `config` as an OpenVINO model of one photo, whose sides are free where photos keep their size.
+    """The model of `config` as an OpenVINO model of one photo, whose sides are free where photos keep their size.
 
     A fixed shape is faster than a free one, and on a CPU a batch is no faster than its photos one by one.
     """
@@ -116,6 +117,10 @@ def to_openvino(config: Config, folder: Path | str):
     shape = [1, config.n_in, h, w]
     if config.keeps_photo_size:  # tracing keeps what it saw: with odd sides every step up resizes, as some photos need
         shape, h, w = [1, config.n_in, -1, -1], h | 1, w | 1
+    if not config.arch:
+        model = ov.convert_model(capture_widest(Model(config, folder, exact=False), config))
+        model.reshape([1, *model.inputs[0].partial_shape[1:]])
+        return model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # of just that
         warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)  # OpenVINO's way in
@@ -141,8 +146,8 @@ def quantized(base, samples: list, inputs, labels, original, config: Config, max
         return
 
     def change(compiled, _) -> tuple[float, None]:
-        masks = [torch.from_numpy(compiled(x.numpy())[0]) for x in inputs]
-        return -compare_masks(original, masks, labels, config.classes)["drop"], None
+        outputs = [torch.from_numpy(compiled(x.numpy())[0]) for x in inputs]
+        return -compare(config, original, outputs, labels)["drop"], None
 
     control = {"max_drop": max_drop, "ignored_scope": first, **settings}
     yield nncf.quantize_with_accuracy_control(base, data, nncf.Dataset(inputs), change, **control)

@@ -14,10 +14,14 @@ PHOTO_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".g
 
 
 def list_photos(folder: Path | str) -> list[Path]:
-    """The photos in `folder`/images, or in `folder` itself where there is no such folder, sorted by name."""
+    """The photos in `folder`/images, or in `folder` itself where there is no such folder, sorted by name.
+
+    Where there are none, those in its own folders: one for each class.
+    """
     images = Path(folder, "images")
     images = images if images.is_dir() else Path(folder)
-    return sorted(p for p in images.glob("*") if p.suffix.lower() in PHOTO_SUFFIXES)
+    photos = [sorted(p for p in images.glob(form) if p.suffix.lower() in PHOTO_SUFFIXES) for form in ("*", "*/*")]
+    return photos[0] or photos[1]
 
 
 def split_photos(folder: Path | str) -> tuple[list[Path], list[Path]]:

@@ -1,5 +1,6 @@
 """Read off a learner all that serving must know: the network, what happens to a photo, the decoding, the names."""
 
+import contextlib
 import inspect
 import math
 import platform
@@ -11,8 +12,8 @@ from PIL import Image
 
 from ..config import Config
 from ..model import DynamicUnetDIY, create_body
-from ..runtime import ACTIVATIONS, decode
-from .learner import ExportError, photo_class, require, unet
+from .learner import ExportError, name_of, network, photo_class, require
+from .tasks import describe_task
 
 
 def describe_learner(learner) -> Config:
@@ -25,17 +26,19 @@ def describe_learner(learner) -> Config:
 
     for callback in learner.cbs:
         require(callback, "a callback of the learner")
-    model = unet(learner)
+    model = network(learner)
     photos = describe_photos(learner.dls)
-    network = describe_network(model, getattr(getattr(learner, "arch", None), "__name__", None), photos.pop("img_size"))
-    n_in = network["options"].get("n_in", 3)
-    if {"RGB": 3, "L": 1}[photos.pop("mode")] != n_in:
-        raise ExportError(f"the network takes {n_in} channels, but photos are opened with another number")
+    n_in, size = {"RGB": 3, "L": 1}[photos.pop("mode")], photos.pop("img_size")
+    shape, size = output_shape(model, n_in, [size] if size else [[96, 128], [224, 224]])
+    described = {"n_classes": shape[1] if len(shape) > 1 else 1, "img_size": size, "arch": None}
+    described["options"] = {} if n_in == 3 else {"n_in": n_in}
+    if is_unet(model):
+        with contextlib.suppress(ExportError, AttributeError, LookupError, StopIteration):  # else it is a program
+            described = describe_unet(model, getattr(getattr(learner, "arch", None), "__name__", None), size)
     return Config(
-        **network,
+        **described,
         **photos,
-        **describe_decoding(learner.loss_func, network["n_classes"]),
-        classes=class_names(learner.dls, network["n_classes"]),
+        **describe_task(learner, shape),
         exported_with={
             "python": platform.python_version(),
             "torch": str(torch.__version__),
@@ -44,7 +47,35 @@ def describe_learner(learner) -> Config:
     )
 
 
-def describe_network(model, hint: str | None, img_size: list[int] | None) -> dict:
+def output_shape(model, n_in: int, sizes: list[list[int]]) -> tuple[torch.Size, list[int]]:
+    """The shape of what `model` gives for two photos of the first of `sizes` (height, width) that it takes, and that.
+
+    Raises:
+        ExportError: it takes none, or gives something else than a tensor.
+    """
+    weight = next(model.parameters())
+    for size in sizes:
+        try:
+            with torch.no_grad():
+                output = model.eval()(torch.zeros(2, n_in, *size, device=weight.device, dtype=weight.dtype))
+        except Exception as error:  # of the network: any
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            continue
+        if isinstance(output, torch.Tensor) and len(output) == 2 and output.ndim in (1, 2, 4):
+            return output.shape, size
+        what = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        raise ExportError(f"the network gives {what} for two photos, of which no answer can be made")
+    h, w = sizes[0]
+    raise ExportError(f"the network takes no photo of {n_in} channels and {h} × {w} pixels: {reason}")
+
+
+def is_unet(model) -> bool:
+    from fastai.vision.models.unet import DynamicUnet
+
+    return isinstance(model, DynamicUnet)
+
+
+def describe_unet(model, hint: str | None, img_size: list[int] | None) -> dict:
     """`arch`, `n_classes`, `img_size` and `options` of the `DynamicUnetDIY` that equals fastai's `model`.
 
     Args:
@@ -101,9 +132,8 @@ def find_arch(encoder, n_in: int, hint: str | None) -> tuple[str, int | list | N
     """The torchvision model, and the cut where it is not fastai's own, whose body has the weights of `encoder`."""
     models = torchvision.models
     sources = {type(module).__module__ for module in encoder.modules()}
-    for library, what in (("fastai", "fastai's own xresnet layers"), ("timm", "timm models")):
-        if any(source.split(".")[0] == library for source in sources):
-            raise ExportError(f"an encoder of {what} is not supported: serving has torchvision's layers only")
+    if sources & {"fastai.vision.models.xresnet"} or any(source.startswith("timm.") for source in sources):
+        raise ExportError("the encoder is none of torchvision")
     names = models.list_models(module=models)
     families = sources & {models.get_model_builder(name).__module__ for name in names}
     families = families or {models.vgg.__name__, models.alexnet.__module__}  # these use torch's own layers alone
@@ -143,8 +173,11 @@ def describe_photos(dls) -> dict:
     from fastai.vision.augment import AffineCoordTfm, CropPad, RandomCrop, RandomResizedCrop, RatioResize, Resize
     from fastai.vision.core import PILImage, PILImageBW, TensorImage, TensorImageBW, ToTensor
 
-    if not isinstance(dls.valid_ds, Datasets) or dls.n_inp != 1:
-        raise ExportError("the learner's data are not photos and masks of a DataBlock or SegmentationDataLoaders")
+    if not isinstance(dls.valid_ds, Datasets):
+        what = "tabular data are" if "tabular" in type(dls.valid_ds).__module__ else f"{name_of(dls.valid_ds)} is"
+        raise ExportError(f"{what} not supported: only data of a DataBlock or of DataLoaders made with one are")
+    if dls.n_inp != 1:
+        raise ExportError(f"learners with {dls.n_inp} inputs are not supported: one photo there must be")
     opener = photo_class(dls)
     if opener not in (PILImage, PILImageBW):
         raise ExportError(f"photos opened as {name_of(opener)} are not supported: only PILImage and PILImageBW are")
@@ -208,39 +241,3 @@ def changes_nothing(transform, probe) -> bool:
     before = np.array(probe)
     after = transform(probe, split_idx=1)
     return type(after) is type(probe) and np.array_equal(before, np.array(after))
-
-
-def name_of(thing) -> str:
-    """The class of `thing`, or its own name for a function, with the module that it is from."""
-    kind = thing if hasattr(thing, "__qualname__") else type(thing)
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def describe_decoding(loss_func, n_classes: int) -> dict:
-    """The arguments of `runtime.decode` that make of logits the mask that `learn.predict` makes of them.
-
-    Raises:
-        ExportError: `learn.predict` gives no mask of one class per pixel with `loss_func`.
-    """
-    require(loss_func, "the loss function")
-    if n_classes > 256:
-        raise ExportError(f"{n_classes} classes do not fit into a mask of one byte per pixel")
-    logits = 3 * torch.randn(2, n_classes, 24, 17, generator=torch.Generator().manual_seed(0))
-    activated = getattr(loss_func, "activation", lambda x: x)(logits)
-    mask = getattr(loss_func, "decodes", lambda x: x)(activated).as_subclass(torch.Tensor)
-    activation = next((name for name, f in ACTIVATIONS.items() if torch.equal(activated, f(logits))), "unknown")
-    if activation != "unknown" and not mask.is_floating_point():
-        for threshold in (None, getattr(loss_func, "thresh", 0.5)):
-            ours = decode(logits, activation, threshold)
-            if mask.numel() == ours.numel() and torch.equal(mask.reshape(ours.shape).to(ours), ours):
-                return {"activation": activation, "threshold": threshold}
-    name = repr(loss_func) if hasattr(loss_func, "func") else name_of(loss_func)  # fastai's say what they flatten
-    advice = "set learn.loss_func = CrossEntropyLossFlat(axis=1) before learn.export() if it predicts classes"
-    raise ExportError(f"with the loss {name}, learn.predict gives no class for each pixel: {advice}")
-
-
-def class_names(dls, n_classes: int) -> list[str]:
-    """A name for each value that a mask can have: the learner's codes, or the number where it has none."""
-    codes = next((list(t.codes) for t in dls.valid.after_item.fs if getattr(t, "codes", None) is not None), [])
-    values = max(n_classes, 2)  # one output channel is thresholded into two
-    return [str(code) for code in codes[:values]] + [str(i) for i in range(len(codes), values)]

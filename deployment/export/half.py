@@ -10,8 +10,8 @@ from .. import gpu_runtime
 from ..config import Config
 from ..photos import Preprocessor
 from ..runtime import Model
-from .accuracy import compare_masks, read_label, report_text
-from .dataset import label_of, split_photos
+from .accuracy import compare, read_labels, report_text
+from .dataset import split_photos
 from .learner import ExportError
 
 
@@ -23,7 +23,7 @@ def half_precision(
     Without a GPU here, its arithmetic is emulated: what each layer gives is rounded as the GPU stores it.
 
     Raises:
-        ExportError: with labels, more than `max_drop` points of pixel accuracy or of mean IoU are lost.
+        ExportError: with labels, more than `max_drop` points of accuracy, or of mean IoU, are lost.
     """
     config = dataclasses.replace(config, precision=precision)
     if precision not in ("fp16", "bf16") or not calibrate:
@@ -31,7 +31,7 @@ def half_precision(
     preprocessor, valid = Preprocessor(config), split_photos(calibrate)[1]
     if not valid:
         raise ExportError(f"{calibrate} holds no photos to measure {precision} on")
-    labels = [read_label(path, preprocessor) for path in valid] if label_of(valid[0]).exists() else None
+    labels = read_labels(valid, calibrate, preprocessor)
     model = Model(config, folder, exact=False)
     half, dtype = copy.deepcopy(model), gpu_runtime.TYPES[precision]
     if torch.cuda.is_available():
@@ -45,7 +45,7 @@ def half_precision(
         x = preprocessor(path.read_bytes())[None]
         original.append(gpu_runtime.compute(model, x, torch.float32).cpu())
         converted.append(gpu_runtime.compute(half, x, dtype).cpu())
-    report = compare_masks(original, converted, labels, config.classes)
+    report = compare(config, original, converted, labels)
     print(report_text(report))
     if report.get("drop", 0) > max_drop:
         raise ExportError(f"{precision} loses {report['drop']:.2f} points, more than --max-drop {max_drop:g}")

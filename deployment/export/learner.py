@@ -85,15 +85,20 @@ def require(thing, what: str) -> None:
         raise ExportError(f"{what} needs {kind.symbol}, which cannot be imported here: {how}")
 
 
-def unet(learner) -> torch.nn.Module:
-    """The learner's fastai `DynamicUnet`.
+def name_of(thing) -> str:
+    """The class of `thing`, or its own name for a function, with the module that it is from."""
+    kind = thing if hasattr(thing, "__qualname__") else type(thing)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def network(learner) -> torch.nn.Module:
+    """The learner's network, out of DataParallel.
 
     Raises:
-        ExportError: its model is something else.
+        ExportError: a part of it cannot be imported here.
     """
-    from fastai.vision.models.unet import DynamicUnet
-
-    model = getattr(learner.model, "module", learner.model)  # out of DataParallel
+    wrapped = isinstance(learner.model, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel)
+    model = learner.model.module if wrapped else learner.model
     require(model, "the model")
     parts = [model]
     for part in parts:
@@ -101,8 +106,6 @@ def unet(learner) -> torch.nn.Module:
             if child is not None:
                 require(child, f"the model's part {name}")
                 parts.append(child)
-    if not isinstance(model, DynamicUnet):
-        raise ExportError(f"the learner's model is a {type(model).__name__}, not the DynamicUnet of unet_learner")
     return model
 
 
@@ -119,4 +122,5 @@ def photo_class(dls) -> type:
         require(kind, "the opening of photos")
         if issubclass(kind, PILBase):
             return kind
-    raise ExportError("the learner's input is no photo")
+    what = "text" if any("text" in kind.__module__ for kind in kinds) else name_of(kinds[-1])
+    raise ExportError(f"the learner's input is no photo: {what} is not supported")

@@ -10,7 +10,10 @@ from PIL import Image
 from ..config import Config
 from ..photos import Preprocessor
 from ..runtime import decode, load_network
-from .learner import ExportError, photo_class, unet
+from .learner import ExportError, network, photo_class
+from .tasks import decision
+
+BATCH = 4  # photos, at most, that are also compared as one batch
 
 
 def find_photos(folder: Path | str) -> list[Path]:
@@ -46,6 +49,12 @@ def sample_photos(folder: Path | str, img_size: list[int]) -> list[Path]:
     return photos
 
 
+def size_of(photo: Path) -> list[int]:
+    """(height, width) of `photo`."""
+    with Image.open(photo) as image:
+        return [image.height, image.width]
+
+
 def prove(learner, config: Config, folder: Path | str, photos: list[Path], tolerance: float = 0.0) -> None:
     """Predict `photos` with `learner` and with its copy, each through its own pipeline, one photo at a time.
 
@@ -53,18 +62,19 @@ def prove(learner, config: Config, folder: Path | str, photos: list[Path], toler
         ExportError: a value differs anywhere (a logit on a GPU: by more than `tolerance`); the message says where the
             difference begins.
     """
-    model, opener = unet(learner), photo_class(learner.dls)
+    model, opener = network(learner), photo_class(learner.dls)
     device = next(model.parameters()).device
     if tolerance and device.type == "cpu":
         raise ExportError("a tolerance is for GPUs: on a CPU the copy is exact")
     copy, preprocessor = load_network(config, folder).to(device), Preprocessor(config)
+    masks, batches = config.task == "segmentation", {}
     for path in photos:
         try:
             photo = opener.create(path)
         except Exception as e:  # decoders raise all kinds of errors on broken files
             raise ExportError(f"{path} cannot be opened: {e}") from e
         data = learner.dls.test_dl([photo], bs=1, num_workers=0)
-        x, logits, mask = predict(learner, model, data)
+        x, logits, values, decided = predict(learner, model, data)
 
         opened = preprocessor.open(path.read_bytes())
         resized = preprocessor.resize(opened)
@@ -84,25 +94,37 @@ def prove(learner, config: Config, folder: Path | str, photos: list[Path], toler
             raise ExportError(f"the learner computes in {logits.dtype}: call learn.to_fp32() first")
         apart = (logits - our_logits).abs().max().item() if logits.shape == our_logits.shape else math.inf
         if not (torch.equal(logits, our_logits) or apart <= tolerance):
-            begin = first_difference(model, copy, x)
-            raise ExportError(f"{path.name}: the logits differ by {apart:.3g}, first in {begin}")
-        our_mask = decode(our_logits, config.activation, config.threshold)
-        if not torch.equal(mask.reshape(our_mask.shape).to(our_mask), our_mask):
-            raise ExportError(f"{path.name}: the masks differ in {int((mask != our_mask).sum())} pixels")
+            begin = f", first in {first_difference(model, copy, x)}" if config.arch else ""
+            raise ExportError(f"{path.name}: the logits differ by {apart:.3g}{begin}")
+        ours = decode(our_logits, config.activation, config.threshold, masks)
+        if not masks and not (torch.equal(values.reshape(ours.shape), ours) or apart <= tolerance > 0):
+            raise ExportError(f"{path.name}: the {'values' if config.activation is None else 'probabilities'} differ")
+        our_decision = decision(ours, config.task, config.threshold)
+        different = int((decided.reshape(our_decision.shape).to(our_decision) != our_decision).sum())
+        if different and not (apart <= tolerance > 0):
+            what = f"the masks differ in {different} pixels" if masks else "the decoded answers differ"
+            raise ExportError(f"{path.name}: {what}")
+        batches.setdefault(x.shape, []).append(x)
+    for batch in batches.values():
+        x = torch.cat(batch[:BATCH] * (BATCH if len(batch) == 1 else 1))
+        with torch.inference_mode():
+            apart = (model.eval()(x).as_subclass(torch.Tensor) - copy(x)).abs().max().item()
+        if not apart <= tolerance:
+            raise ExportError(f"the logits of {len(x)} photos in one batch differ by {apart:.3g}")
 
 
-def predict(learner, model, data) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The model's input, its logits and the decoded mask as `learn.predict` makes them of the one photo in `data`."""
+def predict(learner, model, data) -> tuple[torch.Tensor, ...]:
+    """What `learn.predict` makes of the one photo in `data`: the model's input, logits, after activation, decoded."""
     seen = []
     hook = model.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
     try:
         # Without the recorder, whose metrics may be stand-ins, and the callbacks that follow it: fastai marks them.
         of_training = [callback for callback in learner.cbs if getattr(callback, "remove_on_fetch", False)]
         with learner.no_bar(), learner.no_logging(), learner.removed_cbs(of_training):
-            mask = learner.get_preds(dl=data, with_decoded=True)[-1]
+            values, _, decided = learner.get_preds(dl=data, with_decoded=True)
     finally:
         hook.remove()
-    return tuple(value.detach().as_subclass(torch.Tensor) for value in (*seen[-1], mask))
+    return tuple(value.detach().as_subclass(torch.Tensor) for value in (*seen[-1], values, decided))
 
 
 def first_difference(original, copy, x: torch.Tensor) -> str:
