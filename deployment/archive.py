@@ -4,19 +4,19 @@ This is the one place that knows which files an archive needs.
 """
 
 import argparse
-import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 from .config import read_config
 
 HERE = Path(__file__).parent
+# That handler.py imports.
 MODULES = (
     "answers.py",
     "config.py",
@@ -24,9 +24,12 @@ MODULES = (
     "openvino_runtime.py",
     "photos.py",
     "protocol.py",
+    "reports.py",
     "runtime.py",
-)  # that handler.py imports
-MODEL_FILES = {"openvino": ("fastunet.bin", "fastunet.xml")}  # by runtime; for the others see Config.model_file
+)
+MODEL_FILES = {"eager": (), "openvino": ("fastunet.bin", "fastunet.xml")}  # by runtime; eager has Config.model_file
+
+BATCH_SIZES = {"cpu": 4, "cuda": 32}  # requests together: on a GPU they go through the model as one
 
 
 class ArchiveError(Exception):
@@ -37,14 +40,18 @@ def archiver_command(folder: Path | str, name: str = "fastunet", version: str = 
     """The command that packs what the export wrote into `folder` as `folder`/`name`.mar.
 
     Raises:
-        ArchiveError: `folder` lacks a file that the archive needs.
+        ArchiveError: `folder` lacks a file that the archive needs, or its configuration is wrong.
     """
     folder = Path(folder)
     try:
         config = read_config(folder)
     except (OSError, ValueError) as error:
         raise ArchiveError(f"{error}: run `python -m deployment.export LEARNER.pkl --out {folder}` first") from None
-    model_files = [folder / file for file in MODEL_FILES.get(config.runtime, (config.model_file,))]
+    if config.runtime not in MODEL_FILES:
+        raise ArchiveError(
+            f"{folder / 'model-config.yaml'}: no runtime {config.runtime!r}: there are {', '.join(MODEL_FILES)}"
+        )
+    model_files = [folder / file for file in MODEL_FILES[config.runtime] or (config.model_file,)]
     for path in model_files:
         if not path.is_file():
             raise ArchiveError(f"no {path}, which the runtime {config.runtime} needs: export the learner again")
@@ -88,6 +95,26 @@ def make_archive(folder: Path | str, name: str = "fastunet", version: str = "1.0
     return target
 
 
+def set_batch_size(folder: Path | str, device: str) -> None:
+    """Write into `folder`/model-config.yaml how many requests a worker gets together, at most: what pays on `device`.
+
+    Raises:
+        ArchiveError: there is no such file, or it has no such setting.
+    """
+    path = Path(folder, "model-config.yaml")
+    try:
+        text, n = re.subn(
+            r"^batchSize: *\d+", f"batchSize: {BATCH_SIZES[device]}", path.read_text(), flags=re.MULTILINE
+        )
+    except OSError as error:
+        raise ArchiveError(f"{error}: run `python -m deployment.export LEARNER.pkl --out {folder}` first") from None
+    if not n:
+        raise ArchiveError(f"{path} has no line `batchSize: …`")
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
 def find_archive(model_store: Path | str, name: str | None = None) -> tuple[Path, str]:
     """The archive in `model_store` and the name to serve it by: `name`, else its own.
 
@@ -104,21 +131,6 @@ def find_archive(model_store: Path | str, name: str | None = None) -> tuple[Path
         how = there or "`make demo` makes one, or `python -m deployment.archive` of what was exported"
         raise FileNotFoundError(f"no archive {wanted}.mar in {model_store}: {how}")
     return found, wanted
-
-
-def model_settings(archive: Path, name: str, batch_size: int) -> str:
-    """TorchServe's property `models` for `archive`, served as `name`: a worker gets `batch_size` requests together.
-
-    After `maxBatchDelay` ms (0 would mean 100) it does not wait for more; those that come while the workers compute
-    gather anyway, and are handed over with one message in place of several. What the archive's own model-config.yaml
-    says of the two goes before this.
-
-    Raises:
-        zipfile.BadZipFile: the archive is damaged.
-    """
-    with zipfile.ZipFile(archive) as file:
-        version = json.loads(file.read("MAR-INF/MANIFEST.json"))["model"]["modelVersion"]
-    return json.dumps({name: {version: {"batchSize": batch_size, "maxBatchDelay": 1}}})
 
 
 def fetch(uri: str, name: str | None = None) -> Path:
@@ -144,8 +156,11 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", default="model_store", help="what the export wrote (default: %(default)s)")
     parser.add_argument("--name", default="fastunet", help="name of the model, and so of its route: %(default)s")
     parser.add_argument("--version", default="1.0", help="default: %(default)s")
+    parser.add_argument("--device", choices=BATCH_SIZES, help="set batchSize for it (default: what the export wrote)")
     args = parser.parse_args()
     try:
+        if args.device:
+            set_batch_size(args.folder, args.device)
         archive = make_archive(args.folder, args.name, args.version)
     except ArchiveError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -24,7 +24,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from .archive import fetch, find_archive, model_settings
+from .archive import fetch, find_archive
 from .processes import cores, free_ports, gpus, reserve_port, started
 
 CONFIG = Path(__file__).with_name("config.properties")
@@ -82,7 +82,6 @@ def command(
 
     Raises:
         FileNotFoundError: `model_store` holds no such archive, or there is no Java or no TorchServe.
-        zipfile.BadZipFile: the archive is damaged.
         OSError: a port is taken; the message names it.
     """
     archive, name = find_archive(model_store, name)
@@ -102,7 +101,6 @@ def command(
         "TS_INITIAL_WORKER_PORT": str(worker),
         "TS_DEFAULT_WORKERS_PER_MODEL": str(workers),
         "TS_NUMBER_OF_GPU": str(gpus()),
-        "TS_MODELS": model_settings(archive, name, batch_size=32 if gpus() else 4),
         "TS_DISABLE_TOKEN_AUTHORIZATION": str(not auth).lower(),
         "OMP_NUM_THREADS": str(threads),
     }

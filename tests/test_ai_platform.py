@@ -36,9 +36,11 @@ def photos() -> list[bytes]:
 
 
 @pytest.fixture(scope="module")
-def reference(predict):
-    """A function from a version and a photo to the mask that this version has to give."""
-    return lambda version, photo: (predict(photo) + (version == "2")) % len(CODES)
+def reference(predict, kind):
+    """A function from a version and a photo to the mask that this version has to give, on servers of `kind`."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("SERVER", kind)  # for the image that the stand-in starts
+        yield lambda version, photo: (predict(photo) + (version == "2")) % len(CODES)
 
 
 def test_canary_from_upload_to_clean_up(service, photos, reference, tmp_path, capsys):

@@ -15,6 +15,7 @@ from deployment.archive import ArchiveError, find_archive, make_archive
 from deployment.export import write_config
 
 CODE = {"handler.py", "model.py", "answers.py", "config.py", "photos.py", "protocol.py", "runtime.py"}
+CODE |= {"gpu_runtime.py", "openvino_runtime.py", "reports.py"}
 CONTENT = CODE | {"fastunet.pth", "model-config.yaml", "MAR-INF/MANIFEST.json"}
 
 

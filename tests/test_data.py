@@ -1,4 +1,4 @@
-"""The data room: the scenes and their masks, the checks before a training, the split, the metric."""
+"""The data: the scenes and their masks, the checks before training, the split, the metric."""
 
 import os
 import pickle

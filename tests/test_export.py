@@ -291,7 +291,7 @@ def test_configuration_holds_what_serving_needs(data, tmp_path):
     export_learner(learner, tmp_path)
     config = yaml.safe_load((tmp_path / "model-config.yaml").read_text())
     handler = config.pop("handler")
-    assert set(config) == {"responseTimeout"}
+    assert set(config) == {"batchSize", "maxBatchDelay", "responseTimeout"}
     versions = handler.pop("exported_with")
     assert versions["torch"] == torch.__version__ and set(versions) == {"python", "torch", "fastai"}
     assert handler.pop("mean") == pytest.approx([0.4, 0.5, 0.6]) and handler.pop("std") == pytest.approx(

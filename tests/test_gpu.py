@@ -1,13 +1,20 @@
 """What a CPU can show of serving on a GPU: padding, sizes, the fall-back, workers. `benchmark.gpu` is the rest."""
 
 import logging
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 
 from deployment import gpu_runtime, processes, serve
-from deployment.export.half import round_as
+from deployment.archive import ArchiveError, make_archive, set_batch_size
+from deployment.export import ExportError
+from deployment.export.half import half_precision, round_as
+from deployment.handler import Handler
+from tests.conftest import SMALL, draw_photo, encoded
 
 CPU, SHAPE = torch.device("cpu"), (3, 16, 24)
 
@@ -104,6 +111,34 @@ def test_emulated_rounding_is_that_of_the_type():
     assert torch.equal(rounded, rounded.bfloat16().float())
 
 
+def test_half_precision_has_to_be_good_enough(small_store, camvid_folder, capsys):
+    config = half_precision(SMALL, small_store, "fp16", camvid_folder)
+    assert config.precision == "fp16" and config.accuracy["mask_agreement"] > 0.98
+    assert "no GPU here: fp16 is emulated" in capsys.readouterr().out
+    with pytest.raises(ExportError, match="fp16 loses .* points"):
+        half_precision(SMALL, small_store, "fp16", camvid_folder, max_drop=-1)
+    assert half_precision(SMALL, small_store, "auto", camvid_folder).accuracy is None  # decided where it is served
+
+
+def test_photos_are_decoded_in_threads(small_store, monkeypatch):
+    handler = Handler()
+    handler.load(small_store)
+    photos = [encoded(draw_photo(seed)) for seed in range(2)]
+    alone = [handler.preprocess({"body": photo}).photos[0] for photo in photos]
+    decode, both = handler.preprocessor.decode, threading.Barrier(2, timeout=10)
+
+    def meet(image):
+        both.wait()  # passes only when two photos are decoded at the same time
+        return decode(image)
+
+    monkeypatch.setattr(handler.preprocessor, "decode", meet)
+    handler.threads = ThreadPoolExecutor(2)
+    jobs = [handler.read({"body": photo}, "") for photo in photos]
+    handler.decode(jobs)
+    for job, expected in zip(jobs, alone, strict=True):
+        assert torch.equal(job.photos[0].x, expected.x) and job.photos[0].image is None
+
+
 @pytest.fixture
 def two_gpus(monkeypatch):
     monkeypatch.delenv("TS_DEFAULT_WORKERS_PER_MODEL", raising=False)
@@ -118,16 +153,21 @@ def test_one_worker_per_gpu(two_gpus, monkeypatch):
     assert serve.workers_and_threads()[0] == 3
 
 
-def test_torchserve_hands_a_gpu_larger_batches(two_gpus, model_store):
+def test_an_archive_for_a_gpu_has_larger_batches(two_gpus, small_store, tmp_path):
     """A real TorchServe that is told of two GPUs; its workers find none and serve on the CPU."""
+    for file in small_store.glob("*.*"):
+        shutil.copy(file, tmp_path)
+    set_batch_size(tmp_path, "cuda")
+    make_archive(tmp_path)
     port = serve.free_ports(1)[0]
-    with serve.torchserve(model_store, management_port=port):
+    with serve.torchserve(tmp_path, management_port=port):
         model = serve.model_status(port)
     assert (model["batchSize"], model["maxBatchDelay"], len(model["workers"])) == (32, 1, 2)
-
-
-def test_torchserve_hands_a_cpu_smaller_batches(server, ports):
-    assert serve.model_status(ports["management_port"])["batchSize"] == 4
+    set_batch_size(tmp_path, "cpu")
+    assert (tmp_path / "model-config.yaml").read_text() == (small_store / "model-config.yaml").read_text()
+    (tmp_path / "model-config.yaml").write_text("handler: {}\n")
+    with pytest.raises(ArchiveError, match="no line `batchSize"):
+        set_batch_size(tmp_path, "cuda")
 
 
 def test_gpus_are_counted_only_where_there_is_a_driver(monkeypatch):

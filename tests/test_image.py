@@ -39,8 +39,8 @@ def buildah(*arguments: str | Path, **options) -> str:
 
 
 @pytest.fixture(scope="module")
-def image(model_store, tmp_path_factory) -> dict:
-    """The image's configuration, once it is built with version 1 of the model in it."""
+def image(kind, model_store, tmp_path_factory) -> dict:
+    """The configuration of the image with the server `kind`, once it is built with version 1 of the model in it."""
     missing = [tool for tool in ("buildah", "debootstrap") if not shutil.which(tool)]
     if missing or os.geteuid() != 0:
         pytest.fail(
@@ -60,9 +60,9 @@ def image(model_store, tmp_path_factory) -> dict:
     start = time.monotonic()
     subprocess.run(
         [*BUILDAH, "bud", "--isolation=chroot", "--format=docker", "--layers", f"--build-arg=BASE={BASE}",
-         *secrets, "--tag", IMAGE, context], check=True,
+         f"--build-arg=SERVER={kind}", *secrets, "--tag", IMAGE, context], check=True,
     )  # fmt: skip
-    print(f"\nbuilt in {time.monotonic() - start:.0f} s")
+    print(f"\n{kind}: built in {time.monotonic() - start:.0f} s")
     print_layers()
     return json.loads(buildah("inspect", "--type=image", IMAGE))["Docker"]["config"]
 
@@ -149,7 +149,7 @@ def mask(url: str, photo: bytes) -> np.ndarray:
     return np.frombuffer(base64.b64decode(prediction["base64_prediction"]), np.uint8).reshape(prediction["shape"])
 
 
-def test_serves_and_stops(image, container, photos, reference):  # noqa: F811
+def test_serves_and_stops(image, kind, container, photos, reference):  # noqa: F811
     assert image["User"] == "serve" and image["Healthcheck"]["Test"] == [
         "CMD",
         "python",
@@ -162,15 +162,17 @@ def test_serves_and_stops(image, container, photos, reference):  # noqa: F811
     url = f"http://127.0.0.1:{port}"
     process = container(image, management, AIP_HTTP_PORT=str(port))
     started = wait(process, lambda: is_healthy(url))
-    assert is_ready(management)
-    print(f"\n{started:.1f} s from the container's start to the first 200 of /ping")
+    assert kind == "uvicorn" or is_ready(management)
+    print(f"\n{kind}: {started:.1f} s from the container's start to the first 200 of /ping")
     assert all(np.array_equal(mask(url, photo), reference("1", photo)) for photo in photos)
 
-    java = next(p for p in descendants(process) if p.name() == "java")
-    main = java.parent()  # what the container's first process would be
+    # what the container's first process would be
+    main = next(p for p in descendants(process) if p.cmdline()[1:3] == ["-m", "deployment.serve"])
+    assert ("java" in {p.name() for p in descendants(process)}) == (kind == "torchserve")
     servers = [main, *main.children(recursive=True)]
-    assert main.cmdline()[1:4] == ["-m", "deployment.serve", f"--management-port={management}"]
-    assert len(servers) >= 3 and {p.uids().real for p in servers} == {1000}
+    assert main.cmdline()[3] == f"--management-port={management}"
+    assert len(servers) >= 3 if kind == "torchserve" else servers == [main]
+    assert {p.uids().real for p in servers} == {1000}
     open_ports = {c.laddr for p in servers for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
     outside = {address.port for address in open_ports if not address.ip.endswith("127.0.0.1")}
     assert outside == {port}  # everything but predictions and health stays inside
@@ -200,18 +202,20 @@ def test_fetches_the_archive_at_start(image, container, next_version, photos, re
         assert all(np.array_equal(mask(url, photo), reference("2", photo)) for photo in photos)
 
 
-def test_holds_what_serving_needs_and_no_more(image, container):
+def test_holds_what_serving_needs_and_no_more(image, kind, container):
     name = buildah("from", IMAGE).strip()
     try:
         root = Path(buildah("mount", name).strip())
         files = {str(p.relative_to(root / "app")) for p in (root / "app").rglob("*") if p.is_file()}
-        settings = {"config.properties", "log4j2.xml", "requirements.txt"}
+        settings = {"config.properties", "log4j2.xml", "openapi.yaml", "requirements.txt", "try.html"}
         modules = {p.name for p in (ROOT / "deployment").glob("*.py")}
         assert files == {f"deployment/{name}" for name in modules | settings} | {"model_store/fastunet.mar"}
         packages = {p.name.split("-")[0] for p in (root / "opt/venv").rglob("*.dist-info")}
-        assert {"torch", "torchvision", "torchserve"} <= packages
+        assert {"torch", "torchvision", "starlette", "uvicorn"} <= packages
+        assert ("torchserve" in packages) == (kind == "torchserve")
         assert not packages & {"fastai", "jupyter", "notebook", "triton", "pip", "uv"}
         programs = {p.name for p in (root / "usr/bin").iterdir()}
+        assert ("java" in programs) == (kind == "torchserve")
         assert not programs & {"gcc", "cc", "g++", "clang", "make", "nvcc"}
     finally:
         buildah("rm", name)

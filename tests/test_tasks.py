@@ -450,8 +450,8 @@ def write_table() -> None:
 HEADING = "### Answers of every kind of learner"
 INTRODUCTION = """Learners with random weights, exported as programs, and five photos of different sizes: each answer of
 the handler must be that of `learn.predict`, to the last bit; points go through the learner's own transforms first and
-may then be a thousandth of a pixel away. `PYTHONPATH=. python tests/test_tasks.py` writes the table anew, `make test` checks its
-first lines. *own* is a plain `nn.Module`."""
+may then be a thousandth of a pixel away. `PYTHONPATH=. python tests/test_tasks.py` writes the table anew, `make test`
+checks its first lines. *own* is a plain `nn.Module`."""
 
 
 if __name__ == "__main__":

@@ -30,8 +30,10 @@ __all__ = ["ExportError", "export_learner", "load_learner"]
 
 CONFIG_HEAD = """\
 # TorchServe's configuration of this model, for `torch-model-archiver --config-file`.
-# How many workers run, and how many requests each is handed together (batchSize, maxBatchDelay), is not said here:
-# deployment/serve.py decides it by the machine's cores and GPUs. What is written here goes before that.
+# How many workers run is not said here: deployment/serve.py decides it by the machine's cores and GPUs.
+batchSize: 4         # requests handed to a worker together, at most; `deployment.archive --device cuda` makes it 32
+maxBatchDelay: 1     # ms that the first of them waits for others (0 would mean 100); those that come while the workers
+                     # compute gather anyway, and are handed over with one message in place of several
 responseTimeout: 120 # s until a worker that does not answer is restarted
 
 # What deployment/handler.py must know of the learner, read off it by deployment/export: see deployment/config.py.

@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--tolerance", type=float, default=0.0, help="greatest difference of logits, on cuda only")
     parser.add_argument("--runtime", default="eager", choices=tuple(PRECISIONS), help="default: %(default)s")
     choices = "; ".join(f"{runtime}: {', '.join(precisions)}" for runtime, precisions in PRECISIONS.items())
-    parser.add_argument("--precision", help=f"{choices} (default: the first; auto, fp16 and bf16 are for GPUs)")
+    parser.add_argument("--precision", help=f"{choices} (default: the first; eager's are for GPUs)")
     parser.add_argument("--calibrate", metavar="DIR", help="photos for int8, with CamVid's labels/ to measure accuracy")
     parser.add_argument("--max-drop", type=float, default=0.5, help="points of accuracy that may be lost: %(default)s")
     parser.add_argument("--onnx", action="store_true", help="write fastunet.onnx too, checked with onnxruntime")
@@ -46,6 +46,10 @@ def main() -> None:
         out = export_learner(learner, args.out, **options)
     except (ExportError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except Exception as e:  # whatever a learner of other versions does when it is looked at
+        reason = " ".join(f"{type(e).__name__}: {e}".split())
+        print(f"error: {args.learner} cannot be exported ({reason})", file=sys.stderr)
         sys.exit(2)
     files = [read_config(out).model_file, *(["fastunet.onnx"] if args.onnx else []), "model-config.yaml"]
     print("wrote " + ", ".join(str(out / file) for file in files))

@@ -1,7 +1,7 @@
-"""A small learner as another Python pickles it: `python tests/learners/make.py` writes pythonX.Y.pkl.gz and .png here.
+"""A small learner as another Python pickles it: `python tests/learners/make.py` writes pythonX.Y.pkl.gz and mask.png.
 
 The label function and the metric exist in this script alone. Of its weights only the signs are kept, a size per
-tensor, so that the file is small; the picture is the mask that `learn.predict` gives for photo.png.
+tensor, so that the file is small. mask.png is what `learn.predict` gives for photo.png.
 """
 
 import gzip
@@ -44,7 +44,7 @@ if __name__ == "__main__":
             valid_pct=0.5,
             num_workers=0,
         )
-        learn = unet_learner(dls, resnet18, pretrained=False, n_out=3, cut=4, metrics=share_of_road, path=folder)
+        learn = unet_learner(dls, resnet18, pretrained=False, n_out=3, cut=5, metrics=share_of_road, path=folder)
         with torch.no_grad():
             for p in learn.model.parameters():
                 if p.ndim > 1:
@@ -58,5 +58,5 @@ if __name__ == "__main__":
         learn.export("learner.pkl")
         file = HERE / f"python{sys.version_info.major}.{sys.version_info.minor}.pkl.gz"
         file.write_bytes(gzip.compress((folder / "learner.pkl").read_bytes(), mtime=0))
-        Image.fromarray(mask).save(file.with_name(file.name.replace(".pkl.gz", ".png")))
+        Image.fromarray(mask).save(HERE / "mask.png")
         print(file.name, file.stat().st_size, "bytes, classes:", np.bincount(mask.ravel()))
