@@ -27,12 +27,7 @@ MODULES = (
     "reports.py",
     "runtime.py",
 )
-<<<<<<< HEAD
-# By runtime; eager's is the configuration's own, `Config.model_file`.
-MODEL_FILES = {"eager": None, "openvino": ("fastunet.bin", "fastunet.xml")}
-=======
 MODEL_FILES = {"eager": (), "openvino": ("fastunet.bin", "fastunet.xml")}  # by runtime; eager has Config.model_file
->>>>>>> issue-13
 
 BATCH_SIZES = {"cpu": 4, "cuda": 32}  # requests together: on a GPU they go through the model as one
 
@@ -53,14 +48,9 @@ def archiver_command(folder: Path | str, name: str = "fastunet", version: str = 
     except (OSError, ValueError) as error:
         raise ArchiveError(f"{error}: run `python -m deployment.export LEARNER.pkl --out {folder}` first") from None
     if config.runtime not in MODEL_FILES:
-<<<<<<< HEAD
-        path = folder / "model-config.yaml"
-        raise ArchiveError(f"{path}: no runtime {config.runtime!r}, only {', '.join(MODEL_FILES)}")
-=======
         raise ArchiveError(
             f"{folder / 'model-config.yaml'}: no runtime {config.runtime!r}: there are {', '.join(MODEL_FILES)}"
         )
->>>>>>> issue-13
     model_files = [folder / file for file in MODEL_FILES[config.runtime] or (config.model_file,)]
     for path in model_files:
         if not path.is_file():

@@ -151,7 +151,11 @@ class Handler:
                 photo.answer = None if photo.error else self.answer(photo, job.request)
             except Exception as error:
                 photo.error = protocol.rejection(error)
-        return protocol.respond(job.request, [photo.error or photo.answer for photo in job.photos])
+        try:
+            return protocol.respond(job.request, [photo.error or photo.answer for photo in job.photos])
+        except Exception as error:
+            job.photos = [Photo(error=protocol.rejection(error))]
+            return protocol.respond(protocol.Request([]), [job.photos[0].error])
 
     def answer(self, photo: Photo, request: protocol.Request) -> dict:
         """What is said of one photo: see `answers`."""

@@ -54,7 +54,7 @@ def rejection(error: Exception) -> Rejected:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether `error` says that memory ran out: Python's own, torch's on either device, or OpenVINO's."""
-    words = "out of memory|not enough memory|can't allocate memory|cannot allocate memory|bad_alloc"
+    words = "out of memory|not enough memory|can't allocate memory|cannot allocate memory|bad_alloc|_ALLOC_FAILED"
     return (
         isinstance(error, MemoryError) or isinstance(error, RuntimeError) and bool(re.search(words, str(error), re.I))
     )

@@ -91,7 +91,8 @@ def choose_device(gpu: int | None = None) -> torch.device:
         return torch.device(f"cuda:{gpu or 0}")
     if os.environ.get("REQUIRE_GPU") == "1":
         raise RuntimeUnavailable(f"REQUIRE_GPU=1, but PyTorch {torch.__version__} finds no GPU it can use")
-    if Path("/proc/driver/nvidia/version").exists() or os.environ.get("NVIDIA_VISIBLE_DEVICES", "void") != "void":
+    given = os.environ.get("NVIDIA_VISIBLE_DEVICES", "")  # of a container
+    if Path("/proc/driver/nvidia/version").exists() or given not in ("", "void", "none"):
         logger.warning(
             "this machine has an NVIDIA driver, but PyTorch %s finds no GPU it can use (a CPU build, or a driver that "
             "is too old): serving on the CPU",

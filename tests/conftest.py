@@ -29,13 +29,7 @@ from deployment.runtime import eager
 from deployment.serve import is_healthy, model_status, torchserve, workers_and_threads
 
 ROOT = Path(__file__).parents[1]
-<<<<<<< HEAD
 torch.set_num_threads(1)  # networks as small as the tests' are no faster with more, and slow where others compute
-=======
-torch.set_num_threads(
-    1
-)  # networks as small as those of the tests are no faster with more, and slow where others compute
->>>>>>> issue-13
 
 CODES = ["Sky", "Building", "Pole", "Road", "Sidewalk", "Tree", "SignSymbol", "Fence", "Car", "Pedestrian"]
 

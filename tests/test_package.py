@@ -36,7 +36,8 @@ def imports(file: str) -> set[str]:
 
 def test_the_imports_of_a_file_are_found():
     assert {"torch.Tensor", "deployment.config.Config", "config.Config", "importlib"} <= imports("runtime.py")
-    assert {"deployment.protocol", "protocol", "ts.metrics.dimension.Dimension"} <= imports("handler.py")
+    assert {"deployment.protocol", "protocol", "deployment.reports.observe"} <= imports("handler.py")
+    assert "ts.metrics.dimension.Dimension" in imports("reports.py")  # within a function
     assert {"deployment.config.Config", "deployment.export.learner.network", "fastai"} <= imports("export/describe.py")
 
 

@@ -98,7 +98,7 @@ MAJOR, MINOR, *REST = torch.__version__.split(".")
 @pytest.mark.parametrize(
     ("exported_with", "warns"),
     [
-        ({"torch": torch.__version__}, False),
+        ({"torch": str(torch.__version__)}, False),
         ({"torch": f"{MAJOR}.{MINOR}.99+cu130"}, False),
         ({}, False),
         ({"torch": f"{MAJOR}.{int(MINOR) + 1}.0"}, True),

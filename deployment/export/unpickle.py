@@ -125,7 +125,8 @@ def lenient_pickle(found: Found, own_code: bool) -> types.SimpleNamespace:
             if module.partition(".")[0] == "pathlib" and name in ("PosixPath", "WindowsPath"):
                 return Path  # Python 3.13 alone has them in pathlib._local, and neither system has the other's
             try:
-                if not module == __name__ == "__main__":  # the trainer's __main__ was another program
+                here = getattr(sys.modules["__main__"], "__package__", None)
+                if not (module == "__main__" and here == __package__):  # the trainer's __main__ was another program
                     return super().find_class(module, name)
             except (ImportError, AttributeError):
                 if module.startswith("fastcore."):  # of a learner older than fastai 2.8: why_not says what to do
