@@ -5,6 +5,7 @@ import functools
 import importlib
 import pickle
 import re
+import sys
 import types
 import typing
 from pathlib import Path
