@@ -1,6 +1,7 @@
 """The Vertex AI client, through the unmodified SDK, against the stand-in and the real server behind it."""
 
 import json
+import logging
 import random
 from pathlib import Path
 
@@ -271,11 +272,12 @@ def test_advice_goes_by_class_and_reason(service, monkeypatch):
     assert remedy(caught.value, "upload", "mine") == "gcloud services enable aiplatform.googleapis.com --project=mine"
 
 
-def test_the_sdk_is_quiet_unless_asked(service, capsys):
+def test_the_sdk_is_quiet_unless_asked(service, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("google.cloud.aiplatform"), "handlers", [caplog.handler])
     ai_platform.upload(f"{IMAGE}:1", name="quiet")
-    assert "Creating Model" not in capsys.readouterr().out
+    assert "Creating Model" not in caplog.text
     ai_platform.connect(verbose=True)
     ai_platform.upload(f"{IMAGE}:1", name="quiet")
     ai_platform.connect()
     ai_platform.delete("quiet")
-    assert "Model created" in capsys.readouterr().out
+    assert "Model created" in caplog.text

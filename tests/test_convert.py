@@ -88,7 +88,7 @@ def test_int8_without_labels_must_agree(small_store, camvid_folder, int8, tmp_pa
     monkeypatch.setattr(CONVERT, "quantized", lambda *_: iter([made]))
     (tmp_path / "store").mkdir()
     monkeypatch.setitem(MIN_AGREEMENT, "int8", 1.0)
-    with pytest.raises(ExportError, match="% of the pixels are as PyTorch has them"):
+    with pytest.raises(ExportError, match="% of the answers are as PyTorch has them"):
         convert_copy(small_store, tmp_path / "store", "int8", unlabeled)
     assert [path.name for path in (tmp_path / "store").iterdir()] == ["fastunet.pth"]
     monkeypatch.setitem(MIN_AGREEMENT, "int8", 0.1)

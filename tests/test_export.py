@@ -298,6 +298,7 @@ def test_configuration_holds_what_serving_needs(data, tmp_path):
         [0.2, 0.3, 0.25]
     )
     assert handler == {
+        "task": "segmentation",
         "arch": "resnet18",
         "n_classes": 4,
         "img_size": [48, 64],
@@ -357,7 +358,7 @@ def learner_file(data, tmp_path_factory) -> Path:
         (b"", "is no learner"),
         (b"hello, this is no pickle", "is no learner"),
         (pickle.dumps({"not": "a learner"}), "is no learner"),
-        (b"\x80\x02cfastcore.dispatch\nTypeDispatch\n.", "Downgrade to `fastai<2.8.0`"),
+        (b"\x80\x02cfastcore.dispatch\nTypeDispatch\n.", "from a fastai older than 2.8"),
         ("truncated", "is no learner"),
         ("state dict", "weights only"),
         ("module", "is no learner"),
