@@ -184,6 +184,15 @@ def same_answer(learner, task: str, photo: Image.Image, answer: dict) -> bool:
         return np.array_equal(mask, decision.as_subclass(torch.Tensor).numpy())
     if task == NUMBER:
         return np.array_equal(np.array(answer["values"], np.float32), values.reshape(-1))
+    if task == POINTS and type(resize := learner.dls.valid.after_item.fs[1]).__name__ == "Resize":
+        size = np.array(resize.size)  # width, height; the part of the photo that was resized to it lies in its middle
+        scale = np.array(photo.size) / size
+        if resize.method != "squish":
+            scale = np.full(2, scale.max() if resize.method == "pad" else scale.min())
+        box = (scale * size).astype(int)
+        corner = (0.5 * (np.array(photo.size) - box)).astype(int)
+        expected = decoded.as_subclass(torch.Tensor).numpy() * box / size + corner
+        return np.allclose(answer["points"], expected, rtol=0, atol=2e-3)
     if task == POINTS:  # where the answer's points go when fastai treats them, and the photo, as a label
         item = (opened, TensorPoint(torch.tensor(answer["points"]), img_size=photo.size))
         there = (
