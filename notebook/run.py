@@ -100,7 +100,7 @@ def write_outputs(executed: nbformat.NotebookNode, notebook: Path) -> None:
             if "execution_count" in output:
                 output.execution_count = count
             if output.output_type == "stream":
-                output.text = output.text.replace(f"{Path.home()}/", "~/")
+                output.text = output.text.replace(f"{HERE.parent}/", "../").replace(f"{Path.home()}/", "~/")
     executed.metadata["sources"] = source_hash(executed)
     for cell in executed.cells:
         for added in ("papermill", "execution"):
