@@ -229,8 +229,9 @@ def test_a_server_ends_with_its_children(tmp_path):
         "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
         f"http.server.HTTPServer(('127.0.0.1', {port}), http.server.BaseHTTPRequestHandler).serve_forever()\n"
     )
+    others = psutil.Process().children(recursive=True)  # the servers of other tests
     with contenders.server([sys.executable, str(script)], port):
-        family = psutil.Process().children(recursive=True)
+        family = [process for process in psutil.Process().children(recursive=True) if process not in others]
         assert len(family) >= 2
     assert not psutil.wait_procs(family, timeout=5)[1]
 
