@@ -22,7 +22,7 @@ ARG SERVER=torchserve
 ENV UV_SYSTEM_CERTS=true UV_COMPILE_BYTECODE=true UV_LINK_MODE=copy UV_CACHE_DIR=/var/cache/uv
 COPY deployment/requirements.txt constraints.txt ./
 # Of the CUDA packages each build of PyTorch pins its own versions. Triton goes again: it is a compiler of 1 GB that calls
-# a C compiler in its turn, and the image has none. Runtimes `eager` and `openvino` need neither; `compile` needs both.
+# a C compiler in its turn, and the image has none. No runtime needs it.
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     --mount=type=secret,id=uv,target=/etc/uv/uv.toml \
     --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \

@@ -157,8 +157,8 @@ def test_bad_instances_fail_at_their_place(client, photo, predict):
 def people_s_photos() -> dict[str, bytes]:
     """Photos in the forms that people have them in."""
     rgb = draw_photo(7, (200, 150))
-    grey = rgb.convert("L")
-    deep = Image.fromarray(np.array(grey).astype(np.uint16) * 257)
+    gray = rgb.convert("L")
+    deep = Image.fromarray(np.array(gray).astype(np.uint16) * 257)
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned by 90°
     frames = [draw_photo(i, (200, 150)) for i in (7, 8)]
@@ -166,22 +166,22 @@ def people_s_photos() -> dict[str, bytes]:
         "jpeg": encoded(rgb, "JPEG"),
         "jpeg progressive": encoded(rgb, "JPEG", progressive=True),
         "jpeg exif": encoded(rgb, "JPEG", exif=exif),
-        "jpeg grey": encoded(grey, "JPEG"),
+        "jpeg gray": encoded(gray, "JPEG"),
         "jpeg cmyk": encoded(rgb.convert("CMYK"), "JPEG"),
         "jpeg large": encoded(draw_photo(9, (2000, 1500)), "JPEG"),
         "png": encoded(rgb),
-        "png grey": encoded(grey),
+        "png gray": encoded(gray),
         "png 16 bit": encoded(deep),
-        "png 1 bit": encoded(grey.convert("1")),
+        "png 1 bit": encoded(gray.convert("1")),
         "png palette": encoded(rgb.quantize(16)),
         "png palette transparent": encoded(rgb.quantize(16), transparency=3),
-        "png alpha": encoded(Image.merge("RGBA", (*rgb.split(), grey))),
-        "png grey alpha": encoded(Image.merge("LA", (grey, grey.rotate(180)))),
+        "png alpha": encoded(Image.merge("RGBA", (*rgb.split(), gray))),
+        "png gray alpha": encoded(Image.merge("LA", (gray, gray.rotate(180)))),
         "png 1 x 1": encoded(draw_photo(1, (1, 1))),
         "png 3 x 500": encoded(draw_photo(1, (3, 500))),
         "png 4000 x 2": encoded(draw_photo(1, (4000, 2))),
         "webp": encoded(rgb, "WEBP"),
-        "webp lossless alpha": encoded(Image.merge("RGBA", (*rgb.split(), grey)), "WEBP", lossless=True),
+        "webp lossless alpha": encoded(Image.merge("RGBA", (*rgb.split(), gray)), "WEBP", lossless=True),
         "bmp": encoded(rgb, "BMP"),
         "tiff": encoded(rgb, "TIFF"),
         "tiff lzw cmyk": encoded(rgb.convert("CMYK"), "TIFF", compression="tiff_lzw"),
