@@ -22,8 +22,8 @@ help: ## list the targets
 demo: .venv/installed ## train, transfer, archive, serve and call: DATA=scenes|camvid_tiny|FOLDER ARCH= EPOCHS=
 	@$(PY) notebook/run.py 01 02 03 --into model_store -p DATA "$(DATA)" $(if $(ARCH),-p ARCH $(ARCH)) $(if $(EPOCHS),-p EPOCHS $(EPOCHS))
 
-test: .venv/installed ## run the tests
-	@$(PY) -m pytest
+test: .venv/installed ## run the tests, two at a time
+	@$(PY) -m pytest -n 2 --dist worksteal
 
 serve: .venv/installed ## serve the archive in model_store/ on 127.0.0.1: SERVER=torchserve|uvicorn NAME= PORT= MANAGEMENT_PORT= METRICS_PORT= AUTH=1
 	@exec $(PY) -m deployment.serve --server $(SERVER) --port $(PORT) --management-port $(MANAGEMENT_PORT) --metrics-port $(METRICS_PORT) $(if $(NAME),--name $(NAME)) $(if $(AUTH),--auth)
@@ -48,8 +48,8 @@ image: ## build the serving image with docker or podman, for the CPU; for a GPU 
 image-test: .venv/installed ## build the same image with buildah, run it, and send it AI Platform requests (root, Debian)
 	@$(PY) -m pytest -m image -s
 
-notebooks: .venv/installed ## run all four notebooks and write their outputs into them: DATA=
-	@$(PY) notebook/run.py 01 02 03 04 -p DATA "$(DATA)"
+notebooks: .venv/installed ## run all five notebooks and write their outputs into them: DATA=
+	@$(PY) notebook/run.py 01 02 03 04 05 -p DATA "$(DATA)"
 
 lint: .venv/installed ## check the style
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .

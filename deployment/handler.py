@@ -1,10 +1,11 @@
 """TorchServe handler of a fastai learner: photos in, answers out, in four steps.
 
 `initialize` loads the model, `preprocess` reads a request and makes tensors of its photos just as the learner did,
-`inference` gives each photo what the model makes of it, `postprocess` makes the answer. Requests come in batches; each
-of them, and each photo among several of one request, succeeds or fails alone, whichever step fails.
+`inference` gives each photo what the model makes of it, `postprocess` makes the answer. Each request of a batch, and
+each photo of a request, succeeds or fails alone, whichever step fails.
 """
 
+import contextlib
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -128,27 +129,33 @@ class Handler:
             runtime.free_memory(failure)
         if len(photos) > 1:
             logger.warning("halving a batch of %d photos: %s", len(photos), type(failure).__name__)
-            half = len(photos) // 2
-            self.forward(photos[:half])
-            self.forward(photos[half:])
+            for half in photos[: len(photos) // 2], photos[len(photos) // 2 :]:
+                self.forward(half)
         else:
-            photos[0].error = self.inference_error(failure)
+            photos[0].error = self.inference_error(failure, photos[0].x.shape)
 
-    def inference_error(self, failure: Exception) -> protocol.Rejected:
-        """Whose fault it is that a photo got no output: its own where the model still takes photos of another shape."""
-        if self.config.keeps_photo_size and not protocol.out_of_memory(failure):
-            try:
-                self.model(torch.zeros(1, self.config.n_in, *self.config.img_size))
-                return protocol.bad_request("the model takes no photo of this size")
-            except Exception as error:
-                failure = error
+    def inference_error(self, failure: Exception, shape: torch.Size) -> protocol.Rejected:
+        """Whose fault it is that a photo of `shape` got no output: its own if the model takes others, but not this."""
+        its_own = self.config.keeps_photo_size and not protocol.out_of_memory(failure)
+        if its_own and self.takes((self.config.n_in, *self.config.img_size)) and not self.takes(shape):
+            return protocol.bad_request("the model takes no photo of this size")
         return protocol.rejection(failure)
+
+    def takes(self, shape: tuple[int, ...]) -> bool:
+        """Whether the model computes an output for a photo of `shape`."""
+        with contextlib.suppress(Exception):
+            self.model(torch.zeros(1, *shape))
+            return True
+        return False
 
     def postprocess(self, job: Job) -> protocol.Response:
         """The answer to one request: JSON, PNG or JPEG, with its status."""
         for photo in job.photos:
             try:
-                photo.answer = None if photo.error else self.answer(photo, job.request)
+                if not photo.error:
+                    photo.answer = answers.make_answer(
+                        photo.output, self.preprocessor, job.request, photo.size, photo.image
+                    )
             except Exception as error:
                 photo.error = protocol.rejection(error)
         try:
@@ -156,10 +163,6 @@ class Handler:
         except Exception as error:
             job.photos = [Photo(error=protocol.rejection(error))]
             return protocol.respond(protocol.Request([]), [job.photos[0].error])
-
-    def answer(self, photo: Photo, request: protocol.Request) -> dict:
-        """What is said of one photo: see `answers`."""
-        return answers.make_answer(photo.output, self.preprocessor, request, photo.size, photo.image)
 
     def handle(self, requests: list[dict], context) -> list[bytes]:
         """A dynamic batch of requests in, as many answers out; the time of each step goes into the metrics."""

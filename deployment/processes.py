@@ -6,7 +6,9 @@ import math
 import os
 import signal
 import socket
+import stat
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,3 +96,18 @@ def stop(server: subprocess.Popen) -> None:
         server.wait()
     with contextlib.suppress(ProcessLookupError):
         os.killpg(server.pid, signal.SIGKILL)
+
+
+def own_folder() -> Path:
+    """Where TorchServe runs and writes its tokens: the working directory, or where that is read-only one of the user's.
+
+    Raises:
+        PermissionError: other users can get at it.
+    """
+    if os.access(".", os.W_OK):
+        return Path.cwd()
+    folder = Path(tempfile.gettempdir(), f"torchserve-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if (folder.lstat().st_uid, folder.lstat().st_mode) != (os.getuid(), stat.S_IFDIR | 0o700):
+        raise PermissionError(f"{folder} is not this user's alone: remove it, or start in a folder of your own")
+    return folder

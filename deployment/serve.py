@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .archive import fetch, find_archive
-from .processes import cores, free_ports, gpus, reserve_port, started
+from .processes import cores, free_ports, gpus, own_folder, reserve_port, started
 
 CONFIG = Path(__file__).with_name("config.properties")
 LOG_CONFIG = Path(__file__).with_name("log4j2.xml")
@@ -298,9 +298,8 @@ def is_healthy(port: int) -> bool:
 def main(server: str | None = None) -> None:
     options = vars(parse_args(server))
     server = options.pop("server")
-    # TorchServe writes its tokens into the working directory, which in the image is not the user's to write to.
-    folder = Path.cwd() if os.access(".", os.W_OK) else Path(tempfile.gettempdir(), f"torchserve-{os.getuid()}")
     try:
+        folder = own_folder()
         if options.pop("check"):
             if server == "uvicorn":
                 sys.exit(not is_healthy(options["port"]))
@@ -315,7 +314,6 @@ def main(server: str | None = None) -> None:
         if uri := os.environ.get("AIP_STORAGE_URI"):
             options["model_store"] = fetch(uri)
         name = options["name"] = find_archive(options["model_store"], options["name"])[1]
-        folder.mkdir(mode=0o700, exist_ok=True)
         url = f"http://{options['host']}:{options['port']}/predictions/{name}"
         key_file = folder / "key_file.json" if options["auth"] else None
         if server == "uvicorn":

@@ -18,13 +18,18 @@ from deployment.ai_platform.__main__ import main, remedy
 from tests.conftest import CODES, draw_photo, encoded
 from tests.vertex_stand_in import vertex_ai
 
+# on uvicorn, which starts sooner; on TorchServe among the long tests
+LONG = pytest.param("torchserve", marks=pytest.mark.soak)
+quicker = pytest.mark.parametrize("kind", ["uvicorn", LONG], indirect=True, scope="session")
 IMAGE = "us-central1-docker.pkg.dev/local-project/fastunet/serve"
 
 
 @pytest.fixture(scope="module")
 def service(model_store, next_version, tmp_path_factory):
     empty = tmp_path_factory.mktemp("empty")
-    with vertex_ai({f"{IMAGE}:1": model_store, f"{IMAGE}:2": next_version, f"{IMAGE}:empty": empty}) as service:
+    images = {f"{IMAGE}:1": model_store, f"{IMAGE}:2": next_version, f"{IMAGE}:empty": empty}
+    with pytest.MonkeyPatch.context() as environment, vertex_ai(images) as service:
+        environment.setenv("TS_DEFAULT_WORKERS_PER_MODEL", "1")
         ai_platform.connect()
         yield service
         running = [container.process for container in service.containers.values()]
@@ -96,6 +101,7 @@ def test_canary_from_upload_to_clean_up(service, photos, reference, tmp_path, ca
     assert not service.containers and not service.endpoints and not service.models
 
 
+@quicker
 def test_large_photos_need_a_dedicated_endpoint(service, next_version, reference):
     blob = storage.Client().bucket("local-bucket").blob("v2/fastunet.mar")
     blob.upload_from_filename(next_version / "fastunet.mar")
@@ -125,6 +131,7 @@ def test_large_photos_need_a_dedicated_endpoint(service, next_version, reference
     ai_platform.delete("large")
 
 
+@quicker
 def test_batch_of_large_photos(service, predict, tmp_path, monkeypatch, capsys):
     """64 photos of two megapixels are more than one request may hold, and one file is no photo."""
     monkeypatch.setattr(aiplatform.jobs, "_JOB_WAIT_TIME", 0.5)  # seconds between the SDK's looks at the job

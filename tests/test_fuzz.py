@@ -1,4 +1,4 @@
-"""Bad input by the thousand between good requests: no 5xx, no worker restarts, and no good answer changes.
+"""Bad input by the hundred between good requests: no 5xx, no worker restarts, and no good answer changes.
 
 `make soak` runs the long forms: 10,000 bad and 1,000 good requests, and 15 minutes of load with a bound on memory.
 """
@@ -66,7 +66,7 @@ instances = st.one_of(
     st.builds(lambda text: {"data": {"b64": text}}, values),
     st.builds(lambda data: {"b64": base64.b64encode(data).decode()[:-1] + "?"}, st.sampled_from(PHOTOS)),
 )
-parameters = values | st.fixed_dictionaries({}, optional={"format": values, "size": values})
+parameters = values | st.fixed_dictionaries({}, optional={"format": values, "size": values, "top": values})
 prediction_json = st.fixed_dictionaries({}, optional={"instances": st.lists(instances, max_size=3) | values}).flatmap(
     lambda body: st.builds(lambda p: body | {"parameters": p}, parameters) | st.just(body)
 )
@@ -105,7 +105,7 @@ def fuzz(server: str, computing, predict, n: int, seed: int) -> Counter:
     """
     good = [encoded(draw_photo(400 + i)) for i in range(4)]
     expected = [base64.b64encode(predict(data).tobytes()).decode() for data in good]
-    before, statuses, at_once = computing(), Counter(), 20
+    before, statuses, at_once = computing(), Counter(), 10
 
     with httpx.Client(base_url=server, timeout=60) as client, ThreadPoolExecutor(8) as pool:
 
@@ -141,9 +141,9 @@ def fuzz(server: str, computing, predict, n: int, seed: int) -> Counter:
     return statuses
 
 
-def test_two_thousand_bad_requests(server, computing, predict):
-    statuses = fuzz(server, computing, predict, 2_000, seed=0)
-    assert statuses[400] > 1_000, statuses
+def test_hundreds_of_bad_requests(server, computing, predict):
+    statuses = fuzz(server, computing, predict, 600, seed=0)
+    assert statuses[400] > 300, statuses
 
 
 @pytest.mark.soak

@@ -178,6 +178,19 @@ def test_a_broken_model_is_not_the_photo_s_fault(own_size, monkeypatch):
     assert json.loads(batch[0][1])["type"] == "InternalError"
 
 
+def test_a_photo_that_breaks_the_model_is_not_refused_for_its_size(own_size, monkeypatch):
+    real = own_size.handler.model
+
+    def broken(batch):
+        if batch.shape[-1] == 96 and batch.any():
+            raise RuntimeError("broken")
+        return real(batch)
+
+    monkeypatch.setattr(own_size.handler, "model", broken)
+    batch = ask(own_size, encoded(draw_photo(0, (96, 64))), encoded(draw_photo(1, (64, 96))))
+    assert [status for status, _ in batch] == [500, 200]
+
+
 # --- faults of our own: whichever step fails, each request fails alone ---
 
 

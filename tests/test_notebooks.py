@@ -1,7 +1,10 @@
 """The notebooks as they are committed: clean runs from top to bottom, small, and free of any machine's traces."""
 
+import os
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -16,8 +19,8 @@ def read(path):
     return notebook, [c for c in notebook.cells if c.cell_type == "code"]
 
 
-def test_all_four_are_there():
-    assert [p.name[:2] for p in NOTEBOOKS] == ["01", "02", "03", "04"]
+def test_all_five_are_there():
+    assert [p.name[:2] for p in NOTEBOOKS] == ["01", "02", "03", "04", "05"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -49,3 +52,11 @@ def test_outputs_are_those_of_todays_code(path):
     source_hash = runpy.run_path(str(ROOT / "notebook" / "run.py"))["source_hash"]
     notebook, _ = read(path)
     assert notebook.metadata.get("sources") == source_hash(notebook), "run `make notebooks`"
+
+
+def test_notebook_05_runs_from_top_to_bottom(tmp_path):
+    command = [sys.executable, "notebook/run.py", "05", "--into", tmp_path, "-p", "SCENES", "60", "-p", "EPOCHS", "1"]
+    environment = os.environ | {"TS_DEFAULT_WORKERS_PER_MODEL": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "answers over HTTP equal learn.predict's" in done.stdout

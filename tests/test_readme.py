@@ -105,9 +105,13 @@ def test_the_tutorial_from_top_to_bottom(clone, tmp_path):
     assert "HTTP/1.1 200 OK" in printed
     expected = np.array(Image.open(clone / "sample/sample_pred_mask.png"))
 
-    for title in ("Export", "Archive"):
+    for title in ("Export", "Archive", "Other runtimes"):
         for command in commands(section(title)):
             run(command, clone)
+    [snippet] = re.findall(r"^```python\n(.*?)^```", section("Other runtimes"), re.M | re.S)
+    (clone / "onnx.py").write_text(f"{snippet}\nnp.save('onnx.npy', mask)\n")
+    run("python onnx.py", clone)
+    assert np.mean(np.load(clone / "onnx.npy") == expected) > 0.999
     with make_serve(clone) as port:
         for command in commands(section("Call")):
             answer = run(re.sub(r"(?<=:)8080", str(port), command), clone)

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +23,7 @@ from PIL import Image
 
 from deployment.answers import palette
 from deployment.archive import find_archive
-from deployment.processes import free_ports, started
+from deployment.processes import free_ports, own_folder, started
 from deployment.serve import is_healthy, is_ready, model_status, workers_and_threads
 
 PREDICT = "/predictions/fastunet"
@@ -603,6 +604,16 @@ def test_a_guard_that_cannot_start_leaves_no_server_behind(monkeypatch):
     with pytest.raises(FileNotFoundError, match="sh"), started(["sleep", "60"], dict(os.environ)):
         pass
     assert begun[0].poll() is not None
+
+
+def test_tokens_go_to_no_folder_that_others_may_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = own_folder()
+    assert own_folder() == folder and folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o755)
+    with pytest.raises(PermissionError, match="not this user's alone"):
+        own_folder()
 
 
 def test_tokens_go_where_the_user_may_write(model_store, tmp_path):

@@ -383,7 +383,8 @@ def test_serves_each_task_without_fastai_and_timm(stores, tmp_path):
 
 
 @pytest.mark.parametrize("task", ANSWERS)
-def test_through_torchserve(task, stores):
+def test_through_torchserve(task, stores, monkeypatch):
+    monkeypatch.setenv("TS_DEFAULT_WORKERS_PER_MODEL", "1")
     make_archive(stores[task], task)
     photo = encoded(draw_photo(5))
     with torchserve(stores[task]) as url:
@@ -392,28 +393,6 @@ def test_through_torchserve(task, stores):
 
 
 # --- ONNX ---
-
-
-def test_onnx_alone_gives_the_answer(stores, tmp_path):
-    """The lines in README that need onnxruntime, NumPy and Pillow alone."""
-    draw_photo(6).save(tmp_path / "photo.png")
-    script = (
-        "import json, sys\nimport numpy as np\nimport onnxruntime\nfrom PIL import Image\n"
-        "session = onnxruntime.InferenceSession(sys.argv[1])\n"
-        "meta = session.get_modelmeta().custom_metadata_map\n"
-        "config, classes = json.loads(meta['config']), json.loads(meta['classes'])\n"
-        "h, w = config['resize']['size']\n"
-        "photo = Image.open(sys.argv[2]).convert('RGB').resize((w, h), Image.Resampling.BILINEAR)\n"
-        "x = (np.asarray(photo, np.float32) / 255 - config['mean']) / config['std']\n"
-        "x = x.transpose(2, 0, 1)[None].astype(np.float32)\n"
-        "(probabilities,) = session.run(None, {'photos': x})\n"
-        "print(json.dumps(dict(zip(classes, map(float, probabilities[0])))))\n"
-    )
-    command = [sys.executable, "-c", script, stores[CLASS] / "fastunet.onnx", tmp_path / "photo.png"]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    (answer,) = served(stores[CLASS], [(tmp_path / "photo.png").read_bytes()])
-    assert json.loads(run.stdout) == pytest.approx(answer["probabilities"], abs=1e-5)
 
 
 @pytest.mark.parametrize("task", ANSWERS)
