@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+import pathlib
 import pickle
 import re
 import sys
@@ -117,14 +118,31 @@ def lenient_pickle(found: Found, own_code: bool) -> types.SimpleNamespace:
             "_class_setstate": nothing,
         }
 
-    class Unpickler(pickle.Unpickler):
+    class Unpickler(pickle._Unpickler):  # the one in Python, whose steps can be changed
+        dispatch = pickle._Unpickler.dispatch.copy()
+
+        def load_build(self):
+            """Set an object's state. plum's, which dispatch fastai's transforms, are compiled on most Pythons.
+
+            Their state is a dict then, else a pair of None and a dict: take either.
+            """
+            thing, state = self.stack[-2:]
+            if type(thing).__module__.startswith("plum.") and not hasattr(thing, "__dict__"):
+                self.stack.pop()
+                for name, value in (state[1] if isinstance(state, tuple) else state).items():
+                    setattr(thing, name, value)
+            else:
+                super().load_build()
+
+        dispatch[pickle.BUILD[0]] = load_build
+
         def find_class(self, module: str, name: str):
             if module.partition(".")[0] == "cloudpickle" and name in cloudpickled:
                 return cloudpickled[name]
             if module in ("builtins", "__builtin__") and name == "getattr":
                 return attribute
-            if module.partition(".")[0] == "pathlib" and name in ("PosixPath", "WindowsPath"):
-                return Path  # Python 3.13 alone has them in pathlib._local, and neither system has the other's
+            if module.partition(".")[0] == "pathlib":  # Python 3.13 alone has pathlib._local
+                return Path if name in ("PosixPath", "WindowsPath") else getattr(pathlib, name)  # the other system's
             try:
                 here = getattr(sys.modules["__main__"], "__package__", None)
                 if not (module == "__main__" and here == __package__):  # the trainer's __main__ was another program
