@@ -403,6 +403,24 @@ def test_through_torchserve(task, stores, monkeypatch):
 # --- ONNX ---
 
 
+def test_the_lines_in_the_readme_are_all_that_a_classifier_needs(stores, tmp_path):
+    section = (ROOT / "README.md").read_text().partition("### Other runtimes\n")[2].partition("\n## ")[0]
+    [snippet] = re.findall(r"^```python\n(.*?)^```", section, re.M | re.S)
+    (tmp_path / "model_store").symlink_to(stores[CLASS])
+    (tmp_path / "sample").mkdir()
+    photo = tmp_path / "sample" / "street_view_of_a_small_neighborhood.png"
+    draw_photo(6).save(photo)
+    command = [sys.executable, "-c", f"{snippet}\nprint(json.dumps(probabilities[0].tolist()))"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    (answer,) = served(stores[CLASS], [photo.read_bytes()])
+    config = read_config(stores[CLASS])
+    assert config.mean, "else the lines for Normalize are not run"
+    assert dict(zip(config.classes, json.loads(run.stdout), strict=True)) == pytest.approx(
+        answer["probabilities"], abs=1e-5
+    )
+
+
 @pytest.mark.parametrize("task", ANSWERS)
 def test_onnx_takes_any_batch_and_knows_its_configuration(task, stores):
     session = onnxruntime.InferenceSession(stores[task] / "fastunet.onnx")
