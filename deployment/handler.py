@@ -5,7 +5,6 @@
 each photo of a request, succeeds or fails alone, whichever step fails.
 """
 
-import contextlib
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -142,11 +141,12 @@ class Handler:
         return protocol.rejection(failure)
 
     def takes(self, shape: tuple[int, ...]) -> bool:
-        """Whether the model computes an output for a photo of `shape`."""
-        with contextlib.suppress(Exception):
+        """Whether the model computes an output for a photo of `shape`, as far as memory lets it tell."""
+        try:
             self.model(torch.zeros(1, *shape))
-            return True
-        return False
+        except Exception as error:
+            return protocol.out_of_memory(error)
+        return True
 
     def postprocess(self, job: Job) -> protocol.Response:
         """The answer to one request: JSON, PNG or JPEG, with its status."""

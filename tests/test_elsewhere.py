@@ -97,6 +97,7 @@ def test_what_only_one_python_or_system_has():
     assert union[int, str] == int | str
     assert issubclass(unpickle.find_class("__builtin__", "getattr")(len, "__annotate__x"), Missing)
     assert issubclass(unpickle.find_class("cloudpickle.cloudpickle", "subimport")("no_such_module"), Missing)
+    assert issubclass(unpickle.find_class("pathlib._local", "_NoSuchFlavour"), Missing)
 
 
 def run_export(path: Path, out: Path) -> subprocess.CompletedProcess:

@@ -178,6 +178,20 @@ def test_a_broken_model_is_not_the_photo_s_fault(own_size, monkeypatch):
     assert json.loads(batch[0][1])["type"] == "InternalError"
 
 
+def test_memory_that_runs_short_while_the_fault_is_sought_is_not_the_photo_s_fault(own_size, monkeypatch):
+    real, calls = own_size.handler.model, []
+
+    def short(batch):
+        calls.append(batch.shape)
+        if batch.shape[-1] == 96:
+            raise RuntimeError("broken") if batch.any() else torch.OutOfMemoryError("out of memory")
+        return real(batch)
+
+    monkeypatch.setattr(own_size.handler, "model", short)
+    [(status, _)] = ask(own_size, encoded(draw_photo(0, (96, 64))))
+    assert status == 500 and len(calls) == 3
+
+
 def test_a_photo_that_breaks_the_model_is_not_refused_for_its_size(own_size, monkeypatch):
     real = own_size.handler.model
 

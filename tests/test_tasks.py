@@ -24,7 +24,10 @@ from PIL import Image
 
 from deployment.archive import make_archive
 from deployment.config import read_config
-from deployment.export import ExportError, export_learner
+from deployment.export import ExportError, export_learner, write_config
+from deployment.export.convert import convert
+from deployment.export.dataset import split_photos
+from deployment.export.half import half_precision
 from deployment.handler import Handler
 from deployment.protocol import Rejected, read_request
 from deployment.serve import torchserve
@@ -398,6 +401,88 @@ def test_through_torchserve(task, stores, monkeypatch):
     with torchserve(stores[task]) as url:
         answer = httpx.post(f"{url}/predictions/{task}", files={"data": photo}, data={"top": "3"}, timeout=60).json()
     assert answer == served(stores[task], [photo], top=3)[0] and answer.keys() == ANSWERS[task]
+
+
+# --- runtimes and precisions ---
+
+MEASURES = {
+    CLASS: "top_1", MULTI: "f_score", NUMBER: "mean_error", POINTS: "mean_error", MASK: "pixel_accuracy",
+}  # fmt: skip
+
+
+def labeled(store: Path, task: str, folder: Path) -> Path:
+    """`folder`, with twelve photos and their labels as `deployment.export` reads them: what `store` itself answers."""
+    photos = {f"{i}.png": draw_photo(20 + i, (90, 70)) for i in range(12)}
+    answers = [served(store, [encoded(photo)])[0] for photo in photos.values()]
+    lines = []
+    for (name, photo), answer in zip(photos.items(), answers, strict=True):
+        path = folder / {CLASS: answer.get("label"), MASK: "images"}.get(task, ".") / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photo.save(path)
+        if task == MASK:
+            mask = np.frombuffer(base64.b64decode(answer["base64_prediction"]), np.uint8).reshape(answer["shape"])
+            (folder / "labels").mkdir(exist_ok=True)
+            enlarged = Image.fromarray(mask).resize(photo.size, Image.Resampling.NEAREST)
+            enlarged.save(folder / "labels" / f"{path.stem}_P.png")
+        elif task != CLASS:
+            values = {MULTI: [";".join(answer.get("labels", []))], NUMBER: answer.get("values")}
+            lines.append([name, *values.get(task, np.ravel(answer.get("points", [])))])
+    if lines:
+        (folder / "labels.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
+    return folder
+
+
+def measured(task: str, answers: list[dict], truth: list[dict]) -> float:
+    """The measure of `task`, from answers: of the served model, and of the one that made the labels."""
+    if task == CLASS:
+        return np.mean([a["label"] == b["label"] for a, b in zip(answers, truth, strict=True)])
+    if task == MULTI:
+        ours, theirs = ({(i, name) for i, a in enumerate(x) for name in a["labels"]} for x in (answers, truth))
+        return 2 * len(ours & theirs) / (len(ours) + len(theirs))
+    if task == MASK:
+        ours, theirs = ([base64.b64decode(a["base64_prediction"]) for a in x] for x in (answers, truth))
+        return np.mean([x == y for a, b in zip(ours, theirs, strict=True) for x, y in zip(a, b, strict=True)])
+    key, unit = ("values", 1) if task == NUMBER else ("points", np.array([45, 35]))  # points: from -1 to 1
+    return np.mean([abs(np.subtract(a[key], b[key])) / unit for a, b in zip(answers, truth, strict=True)])
+
+
+@pytest.mark.parametrize("task", ANSWERS)
+def test_every_precision_is_measured_as_the_task_demands(task, stores, tmp_path):
+    folder, config = labeled(stores[task], task, tmp_path / "photos"), read_config(stores[task])
+    train, valid = split_photos(folder)
+    assert len(valid) == 2 and not {*train} & {*valid}
+    photos, best = [path.read_bytes() for path in valid], float("mean_error" not in MEASURES[task])
+    truth = served(stores[task], photos)
+    for runtime, precision in (("openvino", "fp32"), ("openvino", "bf16"), ("openvino", "int8"), ("eager", "fp16")):
+        store = shutil.copytree(stores[task], tmp_path / f"{runtime}-{precision}")
+        function = convert if runtime == "openvino" else half_precision
+        converted = function(config, store, precision, folder, max_drop=100)
+        write_config(converted, store)
+        report = converted.accuracy[MEASURES[task]]
+        assert (converted.runtime, converted.precision) == (runtime, precision)
+        assert report["original"] == pytest.approx(best, abs=1e-5)
+        assert converted.accuracy["agreement"] > (0.9999 if precision == "fp32" else 0.95)
+        if runtime == "openvino":  # fp16 is not what a CPU computes
+            assert report["converted"] == pytest.approx(measured(task, served(store, photos), truth), abs=2e-5)
+    with pytest.raises(ExportError, match="fp16 loses .* points, more than --max-drop"):
+        half_precision(config, shutil.copytree(stores[task], tmp_path / "refused"), "fp16", folder, max_drop=-1)
+
+
+@pytest.mark.parametrize(
+    ("task", "line", "message"),
+    [(MULTI, "plane", "does not know plane"), (NUMBER, "1.0", "1 numbers instead of 2"), (NUMBER, "a,b", "'a'"),
+     (POINTS, None, "no label")],
+)  # fmt: skip
+def test_a_label_that_cannot_be_used_is_named(task, line, message, stores, tmp_path):
+    folder = labeled(stores[task], task, tmp_path / "photos")
+    bad = split_photos(folder)[1][1].name
+    lines = [text for text in (folder / "labels.csv").read_text().splitlines() if not text.startswith(f"{bad},")]
+    (folder / "labels.csv").write_text("\n".join(lines + ([f"{bad},{line}"] if line else [])))
+    store = shutil.copytree(stores[task], tmp_path / "store")
+    with pytest.raises(ExportError, match=message) as error:
+        convert(read_config(store), store, "bf16", folder)
+    assert bad in str(error.value) and "labels.csv" in str(error.value) and "\n" not in str(error.value)
+    assert not (store / "fastunet.xml").exists()
 
 
 # --- ONNX ---

@@ -43,10 +43,12 @@ def read_labels(photos: list[Path], folder: Path | str, preprocessor: Preprocess
         return None
     labels = []
     for path, values in zip(photos, given, strict=True):
+        if not values:
+            raise ExportError(f"{path.name} has no label in {listing}: give every photo one, or delete that file")
         try:
             labels.append(as_output(values, path, preprocessor))
-        except (TypeError, ValueError) as error:
-            raise ExportError(f"{path.name} has no label that can be used in {listing}: {error}") from None
+        except ValueError as error:
+            raise ExportError(f"{path.name} has a label in {listing} that cannot be used: {error}") from None
     return labels
 
 

@@ -4,6 +4,7 @@ Each optional package is imported only where it is used.
 """
 
 import dataclasses
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -136,6 +137,7 @@ def quantized(base, samples: list, inputs, labels, original, config: Config, max
     """
     os.environ.setdefault("NNCF_CI", "1")  # no usage statistics
     nncf = import_optional("nncf")
+    nncf.set_log_level(logging.WARNING)  # its progress bars stay
     data = nncf.Dataset(samples)
     settings = {"preset": nncf.QuantizationPreset.MIXED, "subset_size": len(samples)}
     names = convolutions(base)

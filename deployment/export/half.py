@@ -2,9 +2,12 @@
 
 import copy
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .. import gpu_runtime
 from ..config import Config
@@ -20,7 +23,7 @@ def half_precision(
 ) -> Config:
     """`config` with `precision`; fp16 and bf16 are measured on the validation photos of `calibrate`, where it is given.
 
-    Without a GPU here, its arithmetic is emulated: what each layer gives is rounded as the GPU stores it.
+    Without a GPU here, its arithmetic is emulated: what each operation gives is rounded as the GPU stores it.
 
     Raises:
         ExportError: with labels, more than `max_drop` points of accuracy, or of mean IoU, are lost.
@@ -32,19 +35,19 @@ def half_precision(
     if not valid:
         raise ExportError(f"{calibrate} holds no photos to measure {precision} on")
     labels = read_labels(valid, calibrate, preprocessor)
-    model = Model(config, folder, exact=False)
-    half, dtype = copy.deepcopy(model), gpu_runtime.TYPES[precision]
+    model, dtype = Model(config, folder, exact=False), gpu_runtime.TYPES[precision]
+    half = copy.deepcopy(model).to(dtype)
     if torch.cuda.is_available():
-        model, half = model.cuda(), half.to("cuda", dtype, memory_format=torch.channels_last)
+        model, half, rounding = model.cuda(), half.to("cuda", memory_format=torch.channels_last), nullcontext()
     else:
         print(f"no GPU here: {precision} is emulated on the CPU")
-        round_as(dtype, half)
-        dtype = torch.float32
+        half, dtype, rounding = half.float(), torch.float32, Rounding(dtype)
     original, converted = [], []
     for path in valid:
         x = preprocessor(path.read_bytes())[None]
         original.append(gpu_runtime.compute(model, x, torch.float32).cpu())
-        converted.append(gpu_runtime.compute(half, x, dtype).cpu())
+        with rounding:
+            converted.append(gpu_runtime.compute(half, x, dtype).cpu())
     report = compare(config, original, converted, labels)
     print(report_text(report))
     if report.get("drop", 0) > max_drop:
@@ -52,18 +55,20 @@ def half_precision(
     return dataclasses.replace(config, accuracy=report)
 
 
-def round_as(dtype: torch.dtype, model: torch.nn.Module) -> None:
-    """Make `model`, in float32, round its weights, its input and what each of its layers gives to what `dtype` holds.
+class Rounding(TorchDispatchMode):
+    """Within it, what each operation of torch gives in float32 is rounded to what `dtype` holds.
 
     Tensor cores sum up in float32 too, so this is where half precision loses digits.
     """
 
-    def rounded(x):
-        return x.to(dtype).float() if torch.is_tensor(x) and x.is_floating_point() else x
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
 
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(rounded(parameter))
-    for layer in model.modules():
-        layer.register_forward_pre_hook(lambda layer, inputs: tuple(map(rounded, inputs)))
-        layer.register_forward_hook(lambda layer, inputs, output: rounded(output))
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        output = operation(*args, **(kwargs or {}))
+        if not operation.is_view:  # of something that is rounded already
+            for tensor in tree_leaves(output):
+                if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32:
+                    tensor.copy_(tensor.to(self.dtype))
+        return output

@@ -3,13 +3,11 @@
 import dataclasses
 import functools
 import importlib
-import pathlib
 import pickle
 import re
 import sys
 import types
 import typing
-from pathlib import Path
 
 
 @dataclasses.dataclass
@@ -142,7 +140,7 @@ def lenient_pickle(found: Found, own_code: bool) -> types.SimpleNamespace:
             if module in ("builtins", "__builtin__") and name == "getattr":
                 return attribute
             if module.partition(".")[0] == "pathlib":  # Python 3.13 alone has pathlib._local
-                return Path if name in ("PosixPath", "WindowsPath") else getattr(pathlib, name)  # the other system's
+                module, name = "pathlib", "Path" if name in ("PosixPath", "WindowsPath") else name  # the other system's
             try:
                 here = getattr(sys.modules["__main__"], "__package__", None)
                 if not (module == "__main__" and here == __package__):  # the trainer's __main__ was another program
