@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 import os
+import random
 import signal
 import socket
 import stat
@@ -40,12 +41,20 @@ def gpus() -> int:
 
 
 def free_ports(n: int) -> list[int]:
-    """`n` different TCP ports that are free on loopback now."""
+    """`n` different TCP ports that are free on loopback now, and that no system gives to outgoing connections later.
+
+    Raises:
+        OSError: there are none.
+    """
+    ports = []
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(n)]
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [s.getsockname()[1] for s in sockets]
+        for port in random.SystemRandom().sample(range(20000, 32000), 1000):
+            with contextlib.suppress(OSError):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+                ports.append(port)
+            if len(ports) == n:
+                return ports
+    raise OSError(f"no {n} free ports between 20000 and 32000 on 127.0.0.1")
 
 
 def reserve_port(host: str, port: int) -> socket.socket:

@@ -29,9 +29,17 @@ from deployment.runtime import eager
 from deployment.serve import is_healthy, model_status, torchserve, workers_and_threads
 
 ROOT = Path(__file__).parents[1]
+LONGEST = ("test_readme.py", "test_notebooks.py", "test_ai_platform.py", "test_benchmark.py")
+# Threads that wait for others of a server or notebook must not spin: tests run two at a time.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 torch.set_num_threads(1)  # networks as small as the tests' are no faster with more, and slow where others compute
 
 CODES = ["Sky", "Building", "Pole", "Road", "Sidewalk", "Tree", "SignSymbol", "Fence", "Car", "Pedestrian"]
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """Begin with the files of the longest tests, or one of them runs alone at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 def draw_photo(seed: int, size: tuple[int, int] = (320, 240)) -> Image.Image:
