@@ -20,7 +20,7 @@ class Config:
 
     # from a photo to a tensor: see photos.Preprocessor
     resize: dict | None = None  # the item transforms; None: photos keep their own size
-    affine: list[dict] = field(default_factory=list)  # the affine batch transforms, which sample a photo anew
+    affine: list[dict] = field(default_factory=list)  # the batch transforms that sample a photo anew
     mean: list[float] | None = None  # Normalize, one value per channel; None: the learner does not normalize
     std: list[float] | None = None
 

@@ -150,16 +150,16 @@ class Preprocessor:
         """
         x_and_y = zip(np.asarray(points, np.float64).T, *(side[::-1] for side in self.geometry(size)), strict=True)
         columns = []
-        for values, n, box, resized, crop in x_and_y:
-            seen = (values + 1) * crop / 2 + (resized - crop) // 2  # in pixels of the photo as it was resized
-            columns.append(seen * box / resized + int(0.5 * (n - box)))
+        for values, n, box, resized, start, seen in x_and_y:
+            pixels = (values + 1) * seen / 2 + start  # of the photo as it was resized
+            columns.append(pixels * box / resized + int(0.5 * (n - box)))
         return np.stack(columns, axis=1)
 
     def geometry(self, size: tuple[int, int]) -> list[tuple[int, int]]:
-        """How `resize` treats a photo of `size` (width, height), as four pairs of (height, width).
+        """What the model sees of a photo of `size` (width, height), as five pairs of (height, width).
 
-        They are: the photo, its part in the middle that is resized, to what, and the part in the middle of that which
-        is cut out, or to which it is padded.
+        They are: the photo, its part in the middle that is resized, to what, and of that the upper left corner and the
+        size of what the model sees, which reaches beyond it where it is padded.
         """
         options = self.config.resize or {}
         photo = box = resized = size[::-1]
@@ -167,7 +167,14 @@ class Preprocessor:
             resized = tuple(options["size"])
             if (method := options.get("method", "squish")) != "squish":
                 box = tuple(max(side, 1) for side in resized_box(photo, resized, method))
-        return [photo, box, resized, tuple(options.get("crop") or resized)]
+        seen = tuple(options.get("crop") or resized)
+        start = tuple((whole - part) // 2 for whole, part in zip(resized, seen, strict=True))
+        for step in self.config.affine:
+            if "ratio" in step:
+                part = middle_of_ratio(seen, step["ratio"], step["scale"])
+                start = tuple(x + (whole - side) // 2 for x, whole, side in zip(start, seen, part, strict=True))
+                seen = part
+        return [photo, box, resized, start, seen]
 
 
 def resized_box(photo: tuple[int, int], size: tuple[int, int], method: str) -> tuple[int, int]:
@@ -175,6 +182,16 @@ def resized_box(photo: tuple[int, int], size: tuple[int, int], method: str) -> t
     by_height, by_width = photo[0] / size[0], photo[1] / size[1]
     scale = max(by_height, by_width) if method == "pad" else min(by_height, by_width)
     return int(scale * size[0]), int(scale * size[1])
+
+
+def middle_of_ratio(photo: tuple[int, int], ratio: tuple[float, float], scale: float) -> tuple[int, int]:
+    """(height, width) of the middle of `photo`, of a width of ratio[0] to ratio[1] times the height, times `scale`."""
+    h, w = photo
+    if w / h < ratio[0]:
+        h = int(w / ratio[0])
+    elif w / h > ratio[1]:
+        w = int(h * ratio[1])
+    return int(h * scale), int(w * scale)
 
 
 def crop_pad(image: Image.Image, left: int, top: int, width: int, height: int, pad_mode: str) -> Image.Image:
@@ -192,13 +209,25 @@ def resample_affine(
     mode: str = "bilinear",
     pad_mode: str = "reflection",
     align_corners: bool | None = True,
+    ratio: tuple[float, float] | None = None,
+    scale: float = 1.0,
 ) -> torch.Tensor:
     """`x` (channels, height, width) as fastai's affine augmentations leave it at validation time.
 
     They do not turn or zoom it then, but still sample it anew, at `size` (height, width) where that is given: see
-    `AffineCoordTfm`, `affine_coord` and `_grid_sample` in fastai.vision.augment, whose arithmetic this is.
+    `AffineCoordTfm`, `affine_coord` and `_grid_sample` in fastai.vision.augment, whose arithmetic this is. With `ratio`
+    and `scale` the middle is cut out first, as `RandomResizedCropGPU` does it.
+
+    Raises:
+        Rejected: 400 for a photo of which nothing is left.
     """
     x = x[None]
+    if ratio:
+        h, w = middle_of_ratio(x.shape[-2:], ratio, scale)
+        if not h or not w:
+            raise bad_image("the photo is too narrow for the model")
+        top, left = (x.shape[-2] - h) // 2, (x.shape[-1] - w) // 2
+        x = x[..., top : top + h, left : left + w]
     grid = F.affine_grid(torch.eye(2, 3)[None], [*x.shape[:2], *(size or x.shape[-2:])], align_corners=align_corners)
     if mode == "bilinear":
         zoom = 1 / (grid.max() - grid.min()).item() * 2
@@ -208,12 +237,12 @@ def resample_affine(
     return F.grid_sample(x, grid, mode=mode, padding_mode=pad_mode, align_corners=align_corners)[0]
 
 
-def nearest(n: int, box: int, resized: int, crop: int, cells: int) -> np.ndarray:
+def nearest(n: int, box: int, resized: int, start: int, seen: int, cells: int) -> np.ndarray:
     """For each of the `n` pixels along one side of a photo, the index of the nearest of the mask's `cells`.
 
-    Of the `n`, the `box` in the middle were resized to `resized`, of which the `crop` in the middle make the cells.
+    Of the `n`, the `box` in the middle were resized to `resized`, of which the `seen` from `start` on make the cells.
     """
     step = resized / box
-    first = (0.5 - int(0.5 * (n - box))) * step - (resized - crop) // 2
-    positions = np.cumsum(np.r_[first, np.full(n - 1, step)] * (cells / crop))  # summed up: it rounds as Pillow does
+    first = (0.5 - int(0.5 * (n - box))) * step - start
+    positions = np.cumsum(np.r_[first, np.full(n - 1, step)] * (cells / seen))  # summed up: it rounds as Pillow does
     return positions.astype(int).clip(0, cells - 1)

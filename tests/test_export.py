@@ -228,6 +228,7 @@ def lessons() -> dict[str, dict]:
         MixedPrecision,
         Normalize,
         PILImageBW,
+        RandomResizedCropGPU,
         ReduceLROnPlateau,
         Resize,
         SaveModelCallback,
@@ -241,6 +242,9 @@ def lessons() -> dict[str, dict]:
         "augmented to a size": {"item": Resize(100), "batch": [*aug_transforms(size=(48, 64)), stats]},
         "large, then augmented": {"item": Resize(460), "batch": [*aug_transforms(size=56), stats]},
         "own size, augmented to a size": {"item": [], "batch": [*aug_transforms(size=(45, 60)), stats]},
+        "presized": {"item": Resize(90), "batch": [*aug_transforms(size=56, min_scale=0.75), stats]},
+        "presized to a square": {"item": Resize((61, 90)), "batch": aug_transforms(size=(48, 56), min_scale=0.5)},
+        "own size, to a square": {"item": [], "batch": [RandomResizedCropGPU((48, 64), valid_scale=0.8)]},
         "Mish and self-attention": {"cut": 6, "act_cls": Mish, "self_attention": True},
         "combined loss": {"loss_func": CombinedLoss()},
         "Dice loss": {"loss_func": DiceLoss()},
@@ -522,6 +526,7 @@ def refused() -> dict[str, tuple[dict, str]]:
         Resize,
         TensorImage,
         Transform,
+        aug_transforms,
     )
 
     class Negative(Transform):
@@ -538,7 +543,7 @@ def refused() -> dict[str, tuple[dict, str]]:
     return {
         "batch transform": ({"batch": Negative()}, "Negative"),
         "item transform": ({"item": [size, Turned()]}, "Turned"),
-        "gpu crop": ({"batch": RandomResizedCropGPU(40)}, "RandomResizedCropGPU"),
+        "two sizes": ({"batch": [*aug_transforms(size=40), RandomResizedCropGPU(32)]}, "a transform with a size"),
         "ratio resize": ({"item": RatioResize(60)}, "RatioResize"),
         "pad, then resize": ({"item": [CropPad(80), size]}, "Resize"),
         "statistics per pixel": ({"batch": Normalize(torch.rand(1, 3, 48, 64), torch.ones(1, 3, 48, 64))}, "Normalize"),

@@ -140,16 +140,21 @@ def test_a_mask_of_the_augmentations_size_comes_back_too():
         {"method": "pad", "pad_mode": "zeros"},
         {"method": "crop"},
         {"method": "squish", "size": [80, 112], "crop": [64, 96]},
+        {"method": "crop", "ratio": [1.0, 1.0]},
+        {"method": "squish", "size": [90, 131], "crop": [64, 96], "ratio": [0.75, 4 / 3]},
     ],
-    ids=lambda options: options["method"] + ("+crop" if "crop" in options else ""),
+    ids=lambda options: "+".join([options["method"], *(name for name in ("crop", "ratio") if name in options)]),
 )
 def test_a_mask_comes_back_to_where_the_photo_was(size, options):
-    """The photo itself, taken for a mask, goes through the resize and back: what was seen lies where it lay."""
-    preprocessor = with_resize({"size": [64, 96], "pad_mode": "reflection"} | options)
+    """The photo itself, taken for a mask, goes through the transforms and back: what was seen lies where it lay."""
+    ratio = options.get("ratio")
+    affine = [{"size": [64, 96], "pad_mode": "zeros", "ratio": ratio, "scale": 0.9}] if ratio else []
+    resize = {name: value for name, value in options.items() if name != "ratio"}
+    preprocessor = with_resize({"size": [64, 96], "pad_mode": "reflection"} | resize, affine=affine)
     width, height = size
     ramp = np.linspace(0, 250, width)[None, :] * 0.5 + np.linspace(0, 250, height)[:, None] * 0.5
     photo = Image.fromarray(ramp.astype(np.uint8))
-    seen = np.array(preprocessor.resize(photo))
+    seen = preprocessor.label(photo).numpy()
     back = preprocessor.to_photo_size(seen, size).astype(int)
     middle = (slice(height // 2 - 5, height // 2 + 5), slice(width // 2 - 5, width // 2 + 5))
     cell = max(width / 96, height / 64)  # pixels of the photo to one of the mask

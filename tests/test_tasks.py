@@ -49,6 +49,9 @@ ROWS = [
     (MASK, "xresnet18", "Resize((64, 96), 'squish')", NORMALIZE, "", ""),
     # so far by default, the others with `-m tasks`
     (CLASS, "resnet34", "Resize(64, 'squish')", "aug_transforms(size=48)", "", ""),
+    (CLASS, "resnet34", "Resize(96)", f"[*aug_transforms(size=64, min_scale=0.75), {NORMALIZE}]", "", ""),
+    (CLASS, "timm resnet10t", "Resize((72, 96), 'squish')", "aug_transforms(size=(48, 64), min_scale=0.5)", "", ""),
+    (CLASS, "resnet18", "", "RandomResizedCropGPU(64)", "", ""),
     (CLASS, "resnet18", "Resize(64)", "aug_transforms()", "loss_func=LabelSmoothingCrossEntropyFlat()", ""),
     (CLASS, "resnet18", "Resize(64)", "", "cbs=MixUp()", ""),
     (CLASS, "resnet18", "Resize(64)", NORMALIZE, "", ".to_fp16()"),

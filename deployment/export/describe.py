@@ -170,7 +170,15 @@ def describe_photos(dls) -> dict:
     """
     from fastai.data.core import Datasets
     from fastai.data.transforms import IntToFloatTensor, Normalize
-    from fastai.vision.augment import AffineCoordTfm, CropPad, RandomCrop, RandomResizedCrop, RatioResize, Resize
+    from fastai.vision.augment import (
+        AffineCoordTfm,
+        CropPad,
+        RandomCrop,
+        RandomResizedCrop,
+        RandomResizedCropGPU,
+        RatioResize,
+        Resize,
+    )
     from fastai.vision.core import PILImage, PILImageBW, TensorImage, TensorImageBW, ToTensor
 
     if not isinstance(dls.valid_ds, Datasets):
@@ -213,16 +221,22 @@ def describe_photos(dls) -> dict:
         require(transform, "a transform of the photos")
         if kind is IntToFloatTensor and transform.div == 255 and not scaled:
             scaled = True
-        elif isinstance(transform, AffineCoordTfm) and kind.__module__ == AffineCoordTfm.__module__:
+        elif kind is RandomResizedCropGPU or (
+            isinstance(transform, AffineCoordTfm) and kind.__module__ == AffineCoordTfm.__module__
+        ):
+            if not scaled or batch["mean"] is not None:
+                raise ExportError(f"the batch transform {name_of(transform)} comes after Normalize: not supported")
+            if kind is RandomResizedCropGPU:
+                if any(earlier["size"] for earlier in batch["affine"]):
+                    raise ExportError("RandomResizedCropGPU comes after a transform with a size: not supported")
+                options = {"pad_mode": "reflection", "align_corners": True, "ratio": [*map(float, transform.ratio)]}
+                options["scale"] = float(transform.valid_scale)
+            else:
+                options = {"pad_mode": transform.pad_mode, "align_corners": bool(transform.align_corners)}
             given = transform.size
             if given is not None:
-                size = [given, given] if isinstance(given, int) else list(given)
-            options = {"size": size if given is not None else None, "mode": transform.mode}
-            options |= {"pad_mode": transform.pad_mode, "align_corners": bool(transform.align_corners)}
-            in_order = scaled and batch["mean"] is None
-            if not in_order:
-                raise ExportError(f"the batch transform {name_of(transform)} comes after Normalize: not supported")
-            batch["affine"].append(options)
+                size = given = [given, given] if isinstance(given, int) else list(given)
+            batch["affine"].append({"size": given, "mode": transform.mode} | options)
         elif kind is Normalize and batch["mean"] is None and scaled:
             if transform.mean.ndim != 4 or transform.mean.numel() != transform.mean.shape[1]:
                 raise ExportError("Normalize has other statistics than one mean and one deviation per channel")
