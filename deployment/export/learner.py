@@ -49,9 +49,7 @@ def load_learner(path: Path | str, *, device: str = "cpu"):
         return learner, found
 
     learner, found = load(own_code=False)
-    if (
-        found.missing and found.same_bytecode()
-    ):  # the trainer's functions were pickled with their code, and it runs here
+    if found.missing and found.same_bytecode():  # the code of the trainer's functions is in the file, and runs here
         learner, _ = load(own_code=True)
     return learner
 
