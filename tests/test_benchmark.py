@@ -18,8 +18,9 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from conftest import SMALL
 
-from benchmark import contenders, gpu, limit, load, peers, run, scaling, steps
+from benchmark import contenders, gpu, limit, load, peers, precisions, run, scaling, steps
 from deployment.config import Config, read_config
 from deployment.export import write_config
 from deployment.export.convert import convert
@@ -300,6 +301,17 @@ def converted(tmp_path_factory):
     torch.save(DynamicUnetDIY("squeezenet1_1", 3, (32, 32)).state_dict(), folder / "fastunet.pth")
     write_config(convert(config, folder), folder)
     return folder
+
+
+def test_precisions_are_measured_on_photos_that_did_not_calibrate(small_store, camvid_folder, monkeypatch):
+    monkeypatch.setattr(precisions, "milliseconds", lambda *_: 1.0)
+    lines = [line.strip("| ").split(" | ") for line in precisions.rows(SMALL, small_store, camvid_folder)]
+    head, fp32, *others = lines[0], *lines[2:]
+    assert head[0] == "resnet18, 5 photos to calibrate" and "3 validation" in head[2] and "2 of training" in head[4]
+    assert fp32 == ["fp32", "1.0", "100.00%", "0.00", "100.00%", "0.00"]
+    agreement = {row[0]: float(row[2].rstrip("%")) for row in others}
+    assert len(agreement) == 7 and all(30 < share <= 100 for share in agreement.values())
+    assert agreement["int8, every layer"] < 100
 
 
 def test_the_limit_is_measured_in_process(converted):

@@ -1,0 +1,96 @@
+"""What each precision of OpenVINO costs and gains: `python -m benchmark.precisions FOLDER` prints a table.
+
+FOLDER holds labeled photos in CamVid's layout, or as `deployment.export.accuracy` reads them. int8 is calibrated on the
+training photos but every fifth, and everything is measured on those and on the validation photos. The rows of int8 are
+what has been tried to lose less: they differ in the convolutions that stay in float, or in a setting of NNCF.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from deployment.config import Config, read_config
+from deployment.export.accuracy import compare, read_labels
+from deployment.export.convert import CALIBRATION_PHOTOS, convolutions, to_openvino
+from deployment.export.dataset import split_photos
+from deployment.openvino_runtime import load_openvino
+from deployment.photos import Preprocessor
+from deployment.runtime import eager
+
+
+def variants(base, samples: list) -> Iterator[tuple[str, object, str]]:
+    """Name, model and precision of each row; int8 is calibrated on `samples`, float32 (1, channels, height, width)."""
+    os.environ.setdefault("NNCF_CI", "1")  # no usage statistics
+    import nncf
+
+    nncf.set_log_level(40)
+    names, preset = convolutions(base), nncf.QuantizationPreset
+
+    def int8(in_float: list[str], preset=preset.MIXED, **options):
+        scope = nncf.IgnoredScope(names=in_float)
+        data = nncf.Dataset(samples)
+        return nncf.quantize(base, data, ignored_scope=scope, preset=preset, subset_size=len(samples), **options)
+
+    smooth = nncf.AdvancedQuantizationParameters(
+        smooth_quant_alphas=nncf.quantization.advanced_parameters.AdvancedSmoothQuantParameters(convolution=0.15)
+    )
+    yield "fp32", base, "fp32"
+    yield "bf16", base, "bf16"
+    yield "int8, every layer", int8([]), "int8"
+    yield "int8, the first convolution in float", int8(names[:1]), "int8"
+    yield "the same with SmoothQuant", int8(names[:1], advanced_parameters=smooth), "int8"
+    yield "the same, activations symmetric", int8(names[:1], preset.PERFORMANCE), "int8"
+    yield "int8, the encoder's first block in float too", int8(names[:3]), "int8"
+    yield "int8, the last three in float too", int8(names[:1] + names[-3:]), "int8"
+
+
+def milliseconds(predict, x: torch.Tensor, times: int = 40) -> float:
+    """The median time of one photo."""
+    taken = []
+    for _ in range(times):
+        start = time.perf_counter()
+        predict(x)
+        taken.append(1000 * (time.perf_counter() - start))
+    return statistics.median(taken)
+
+
+def rows(config: Config, model_store: Path, folder: Path) -> Iterator[str]:
+    """The lines of the table."""
+    preprocessor, (train, valid) = Preprocessor(config), split_photos(folder)
+    held_out = train[::5]
+    step = max(1, -(-(len(train) - len(held_out)) // CALIBRATION_PHOTOS))
+    samples = [preprocessor(p.read_bytes())[None].numpy() for p in [p for p in train if p not in held_out][::step]]
+    predict, sets = eager(config, model_store, torch.device("cpu")), []
+    for photos in (valid, held_out):
+        inputs = [preprocessor(path.read_bytes())[None] for path in photos]
+        sets.append((inputs, read_labels(photos, folder, preprocessor), [*map(predict, inputs)]))
+    yield (
+        f"| {config.arch or 'program'}, {len(samples)} photos to calibrate | ms a photo | "
+        f"same answer, {len(valid)} validation photos | points lost | same, {len(held_out)} of training | points lost |"
+    )
+    yield "|---|--:|--:|--:|--:|--:|"
+    for name, model, precision in variants(to_openvino(config, model_store), samples):
+        predict = load_openvino(model, torch.get_num_threads(), precision)
+        cells = [f"{milliseconds(predict, sets[0][0][0]):.1f}"]
+        for inputs, labels, original in sets:
+            report = compare(config, original, [*map(predict, inputs)], labels)
+            cells += [f"{report['agreement']:.2%}", f"{report['drop']:.2f}" if "drop" in report else ""]
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmark.precisions", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="labeled photos")
+    parser.add_argument("--model-store", type=Path, default="model_store", help="default: %(default)s")
+    args = parser.parse_args()
+    for row in rows(read_config(args.model_store), args.model_store, args.folder):
+        print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
