@@ -13,16 +13,17 @@ NumPy and Pillow alone.
 
 import colorsys
 import io
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 if __package__:
-    from .photos import Preprocessor
     from .protocol import Request, bad_request
 else:  # in the archive, where the files lie side by side
-    from photos import Preprocessor
     from protocol import Request, bad_request
+if TYPE_CHECKING:  # it needs torch, which whoever only draws masks can do without
+    from .photos import Preprocessor
 
 # The colors of the CamVid database (Brostow et al. 2009), and of the names that its 11-class subset goes by.
 CAMVID_COLORS = {
@@ -41,7 +42,7 @@ MAX_JPEG_SIDE = 65500  # pixels
 
 def make_answer(
     output: np.ndarray,
-    preprocessor: Preprocessor,
+    preprocessor: "Preprocessor",
     request: Request,
     size: tuple[int, int],
     photo: Image.Image | None = None,

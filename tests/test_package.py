@@ -60,6 +60,31 @@ def test_a_file_can_be_read_in_one_go(file):
     assert lines <= LIMITS.get(file, 350)
 
 
+# --- the page, which lives outside ---
+
+
+def test_a_page_can_color_masks_without_torch():
+    script = "import sys; sys.modules['torch'] = None; from deployment.answers import palette; palette(['Sky'])"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_space_pins_what_the_project_pins():
+    def pins(file: str) -> dict[str, str]:
+        lines = (ROOT / file).read_text().replace(" ", "").splitlines()
+        lines = [line.split(";")[0] for line in lines if "==" in line and 'python_version<"3.11"' not in line]
+        return dict(line.split("==") for line in lines)
+
+    space, page, serving = map(
+        pins, ("space/requirements.txt", "space/page-requirements.txt", "deployment/requirements.txt")
+    )
+    for package in space.keys() & page.keys():
+        assert space[package] == page[package]
+    for package in (space.keys() & serving.keys()) - {"pillow"}:
+        assert space[package] == serving[package]
+    assert f"sdk_version: {page['gradio']}\n" in (ROOT / "space/README.md").read_text()
+
+
 # --- copied elsewhere ---
 
 ANSWER = """

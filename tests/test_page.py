@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 PYTHON = ROOT / ".venv-page" / "bin" / "python"
 CHROMIUM = shutil.which("chromium")
 SAMPLE = ROOT / "sample" / "street_view_of_a_small_neighborhood.png"
-SIZE = {"width": 1200, "height": 1180}
+SIZE = {"width": 1200, "height": 1060}
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(not CHROMIUM or not PYTHON.exists(), reason="needs chromium on the PATH, and `make page-test`"),
@@ -175,6 +175,8 @@ def test_answers_of_other_tasks(browser, contract_server, task):
     with opened(browser, url) as tab:
         upload(tab, "photo.png", encoded(draw_photo(2)))
         tab.get_by_role("heading", name=heading, exact=True).wait_for()
+        if bars:  # they come after the heading
+            tab.locator(".confidence-set").nth(len(bars) - 1).wait_for()
         shown = [" ".join(text.split()) for text in tab.locator(".confidence-set").all_inner_texts()]
         assert shown == bars
         assert not tab.locator(".legend-item").count()
@@ -188,7 +190,7 @@ def test_points_are_drawn_where_they_are(browser, contract_server):
         upload(tab, "photo.png", encoded(Image.fromarray(photo)))
         changed = (picture(tab, "points") != photo).any(axis=2)
     ys, xs = np.nonzero(changed)
-    near = [np.hypot(xs - x, ys - y) <= 5 for x, y in answers[-1]["points"]]
+    near = [np.hypot(xs - x, ys - y) < 6 for x, y in answers[-1]["points"]]
     assert all(points.any() for points in near) and (near[0] | near[1]).all()
 
 
@@ -236,18 +238,3 @@ def test_the_space_answers_by_itself(browser, model_store, predict, photo, tmp_p
             assert np.array_equal(picture(tab, "mask"), fastai_picture(model_store, predict, photo))
             upload(tab, "cut.png", photo[:2000])
             tab.get_by_text("the photo is damaged or cut short").wait_for()
-
-
-def test_the_space_pins_what_the_project_pins():
-    def pins(file: str) -> dict[str, str]:
-        lines = (ROOT / file).read_text().replace(" ", "").splitlines()
-        return {line.split(";")[0].split("==")[0]: line.split(";")[0].split("==")[1] for line in lines if "==" in line}
-
-    space, page, serving = map(
-        pins, ("space/requirements.txt", "space/page-requirements.txt", "deployment/requirements.txt")
-    )
-    for package in space.keys() & page.keys():
-        assert space[package] == page[package]
-    for package in (space.keys() & serving.keys()) - {"pillow"}:
-        assert space[package] == serving[package]
-    assert f"sdk_version: {page['gradio']}\n" in (ROOT / "space/README.md").read_text()
