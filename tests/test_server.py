@@ -1,5 +1,6 @@
 """The HTTP contract, row by row, against either server; metrics, logs, security, start and stop."""
 
+import asyncio
 import base64
 import contextlib
 import io
@@ -7,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -23,7 +25,7 @@ from PIL import Image
 
 from deployment.answers import palette
 from deployment.archive import find_archive
-from deployment.processes import free_ports, own_folder, started
+from deployment.processes import free_ports, own_folder, reserve_port, started
 from deployment.serve import is_healthy, is_ready, model_status, workers_and_threads
 
 PREDICT = "/predictions/fastunet"
@@ -555,6 +557,24 @@ def test_a_port_that_is_taken_is_named(model_store, server, ports):
     command = [sys.executable, "-m", "deployment.serve", "--model-store", str(model_store), f"--port={ports['port']}"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1 and re.search(rf"error: port {ports['port']} .* is taken", result.stderr)
+
+
+def test_answers_do_not_wait_for_acknowledgments():
+    """asyncio sets TCP_NODELAY on a socket whose protocol is named alone; without it small answers take 40 ms more."""
+
+    async def accepted() -> int:
+        delays = asyncio.Queue()
+
+        async def connected(reader, writer):
+            await delays.put(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        reserved = reserve_port("127.0.0.1", 0)
+        async with await asyncio.start_server(connected, sock=reserved):
+            await asyncio.open_connection(*reserved.getsockname())
+            return await delays.get()
+
+    assert asyncio.run(accepted()) == 1
 
 
 def serve_error(folder: Path, *arguments: str, **environment: str) -> str:
