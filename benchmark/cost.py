@@ -1,7 +1,7 @@
 """What photos cost on Google Cloud: `python -m benchmark.cost` prints it, of measured rates and the prices below.
 
 The rate of the CPU is the best in results.json that int8 reached on two cores, and stands for a machine of two vCPUs;
-another generation of CPUs may be a third faster or slower. Those of the GPUs are in gpu_results.json, where
+another generation of CPUs may be half or twice as fast. Those of the GPUs are in gpu_results.json, where
 `benchmark.gpu` ran on such a card.
 """
 
