@@ -1,11 +1,12 @@
 """What each precision of OpenVINO costs and gains: `python -m benchmark.precisions FOLDER` prints a table.
 
-FOLDER holds labeled photos in CamVid's layout, or as `deployment.export.accuracy` reads them. int8 is calibrated on the
-training photos but every fifth, and everything is measured on those and on the validation photos. The rows of int8 are
-what has been tried to lose less: they differ in the convolutions that stay in float, or in a setting of NNCF.
+FOLDER holds labeled photos in CamVid's layout, or as `deployment.export.accuracy` reads them. Every fifth training
+photo is held out, int8 is calibrated on the others, and everything is measured on the validation photos and on those
+held out. The rows of int8 differ in the convolutions that stay in float, or in a setting of NNCF.
 """
 
 import argparse
+import logging
 import os
 import statistics
 import time
@@ -28,7 +29,7 @@ def variants(base, samples: list) -> Iterator[tuple[str, object, str]]:
     os.environ.setdefault("NNCF_CI", "1")  # no usage statistics
     import nncf
 
-    nncf.set_log_level(40)
+    nncf.set_log_level(logging.WARNING)
     names, preset = convolutions(base), nncf.QuantizationPreset
 
     def int8(in_float: list[str], preset=preset.MIXED, **options):

@@ -30,7 +30,7 @@ from deployment.serve import is_healthy, model_status, torchserve, workers_and_t
 
 ROOT = Path(__file__).parents[1]
 LONGEST = ("test_readme.py", "test_notebooks.py", "test_ai_platform.py", "test_benchmark.py")
-# Threads that wait for others of a server or notebook must not spin: tests run two at a time.
+# Idle OpenMP threads of servers and notebooks must not spin: tests run two at a time.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 torch.set_num_threads(1)  # networks as small as the tests' are no faster with more, and slow where others compute
 
