@@ -40,12 +40,13 @@ OURS = {  # on TorchServe: runtime and precision
 UVICORN = {f"uvicorn-{precision}": f"openvino-{precision}" for precision in ("fp32", "bf16", "int8")}  # same stores
 CHOSEN = ("fastapi", "litserve", "bentoml", "ray")  # that may run as one process, or as one for each core
 PEERS = ("fastai", *CHOSEN)
-ALL = ("baseline", "fastai", *OURS, *UVICORN, *CHOSEN, "limit")
+ALONE = ("in-process", "limit")  # without a server: see benchmark.limit
+ALL = ("baseline", "fastai", *OURS, *UVICORN, *CHOSEN, *ALONE)
 
 
 def store_of(name: str) -> str:
     """Which of OURS has the model that the contender `name` serves; the baseline and fastai have their own."""
-    return UVICORN.get(name, FASTEST if name in (*CHOSEN, "limit") else name)
+    return UVICORN.get(name, FASTEST if name in (*CHOSEN, *ALONE) else name)
 
 
 # --- models ---

@@ -1,22 +1,30 @@
-"""The limit: a converted model alone in a process, no photos to read, no server. `python -m benchmark.limit MODEL_DIR`
+"""What a server cannot exceed, measured in one process without one: `python -m benchmark.limit limit MODEL_DIR`.
 
-Prints one line of JSON: the best latency of one photo, and the best throughput of two ways to use all cores.
+`limit` is the model alone, on photos that are tensors already; `in-process` is the whole handler, from the bytes of a
+photo to those of its answer. Prints a line of JSON, `{"1": latency of one photo, "8": best throughput}`.
 """
 
+import argparse
 import json
 import statistics
-import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import openvino as ov
+import torch
 
+from benchmark.contenders import ALONE
+from benchmark.run import photos
 from deployment.config import read_config
+from deployment.handler import Handler
 from deployment.processes import cores
 
+WARM_UP = 0.5  # seconds
 
-def measure(model: Path, img_size: tuple[int, int], seconds: float, n_in: int = 3) -> dict:
+
+def measure_model(model: Path, img_size: tuple[int, int], seconds: float, n_in: int = 3) -> dict:
     """`{1: latency, 8: throughput}` of the OpenVINO model at `model` on random photos, as results.json has them.
 
     Throughput is the better of one photo at a time on all cores and one photo per core.
@@ -27,37 +35,79 @@ def measure(model: Path, img_size: tuple[int, int], seconds: float, n_in: int = 
         settings = {"INFERENCE_NUM_THREADS": cores(), "NUM_STREAMS": streams, "INFERENCE_PRECISION_HINT": "f32"}
         compiled = core.compile_model(model, "CPU", settings)
         x = np.random.default_rng(0).random((1, n_in, *img_size), np.float32)
-        times, done = [], 0
+        times = []
         queue = ov.AsyncInferQueue(compiled, streams)
         queue.set_callback(lambda request, start, times=times: times.append(time.perf_counter() - start))
-        for warm in (True, False):
-            done, start = 0, time.perf_counter()
+        for duration in (WARM_UP, seconds):
             times.clear()
-            while time.perf_counter() - start < (0.5 if warm else seconds):
+            start = time.perf_counter()
+            while time.perf_counter() - start < duration:
                 queue.get_idle_request_id()  # waits for a free stream
                 queue.start_async([x], time.perf_counter(), share_inputs=True)
-                done += 1
             queue.wait_all()
             elapsed = time.perf_counter() - start
-        quantiles = [1000 * q for q in statistics.quantiles(times, n=100, method="inclusive")]
-        results[streams] = {
-            "rps": round(done / elapsed, 3),
-            "p50_ms": round(quantiles[49], 2),
-            "p95_ms": round(quantiles[94], 2),
-            "p99_ms": round(quantiles[98], 2),
-            "refused": 0,
-            "errors": 0,
-            "wrong_masks": 0,
-        }
+        results[streams] = figures(times, elapsed)
     best = max(results, key=lambda streams: results[streams]["rps"])
     return {"1": results[1], "8": results[best] | {"streams": best}}
 
 
+def measure_handler(model: Path, images: list[bytes], seconds: float) -> dict:
+    """`{1: latency, 8: throughput}` of the handler with the model in the folder `model` on the photos `images`.
+
+    Throughput is that of as many photos at once as `deployment.app` lets in: twice the number of cores.
+    """
+    torch.set_num_threads(cores())
+    handler = Handler()
+    handler.load(model)
+
+    def answer_until(end: float, first: int) -> list[float]:
+        times = []
+        while (begin := time.perf_counter()) < end:
+            job = handler.preprocess({"body": images[(first + len(times)) % len(images)]})
+            handler.inference(job.photos)
+            handler.postprocess(job)
+            times.append(time.perf_counter() - begin)
+        return times
+
+    results = {}
+    for clients, threads in (("1", 1), ("8", 2 * cores())):
+        with ThreadPoolExecutor(threads) as pool:
+            for duration in (WARM_UP, seconds):
+                start = time.perf_counter()
+                parts = [pool.submit(answer_until, start + duration, i) for i in range(threads)]
+                times = [t for part in parts for t in part.result()]
+                elapsed = time.perf_counter() - start
+        results[clients] = figures(times, elapsed)
+    return results
+
+
+def figures(times: list[float], elapsed: float) -> dict:
+    """What results.json has of as many answers as `times`, each in so many seconds, that took `elapsed` together."""
+    quantiles = [1000 * q for q in statistics.quantiles(times, n=100, method="inclusive")]
+    return {
+        "rps": round(len(times) / elapsed, 3),
+        "p50_ms": round(quantiles[49], 2),
+        "p95_ms": round(quantiles[94], 2),
+        "p99_ms": round(quantiles[98], 2),
+        "refused": 0,
+        "errors": 0,
+        "wrong_masks": 0,
+    }
+
+
 def main() -> None:
-    folder = Path(sys.argv[1])
-    config = read_config(folder)
-    seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 3.0
-    print(json.dumps(measure(folder / "fastunet.xml", config.img_size, seconds, config.n_in)))
+    parser = argparse.ArgumentParser(prog="python -m benchmark.limit", description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=ALONE)
+    parser.add_argument("model", type=Path, help="folder of a model for OpenVINO")
+    parser.add_argument("--seconds", type=float, default=3, help="of each measurement (default: %(default)s)")
+    parser.add_argument("--photos", type=Path, help="folder of JPEG photos (default: drawn scenes, 480 x 360)")
+    args = parser.parse_args()
+    if args.what == "limit":
+        config = read_config(args.model)
+        rows = measure_model(args.model / "fastunet.xml", config.img_size, args.seconds, config.n_in)
+    else:
+        rows = measure_handler(args.model, photos(args.photos), args.seconds)
+    print(json.dumps(rows))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,8 @@ def variants(base, samples: list) -> Iterator[tuple[str, object, str]]:
     yield "bf16", base, "bf16"
     yield "int8, every layer", int8([]), "int8"
     yield "int8, the first convolution in float", int8(names[:1]), "int8"
-    yield "the same with SmoothQuant", int8(names[:1], advanced_parameters=smooth), "int8"
+    transformer = nncf.ModelType.TRANSFORMER  # without it NNCF leaves SmoothQuant out
+    yield "the same with SmoothQuant", int8(names[:1], model_type=transformer, advanced_parameters=smooth), "int8"
     yield "the same, activations symmetric", int8(names[:1], preset.PERFORMANCE), "int8"
     yield "int8, the encoder's first block in float too", int8(names[:3]), "int8"
     yield "int8, the last three in float too", int8(names[:1] + names[-3:]), "int8"

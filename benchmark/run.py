@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from benchmark import contenders, load
-from benchmark.contenders import ALL, CHOSEN, FASTEST, HERE, PEERS, ROOT, store_of
+from benchmark.contenders import ALL, ALONE, CHOSEN, FASTEST, HERE, PEERS, ROOT, store_of
 from deployment import runtime
 from deployment.archive import ArchiveError
 from deployment.config import read_config
@@ -202,7 +202,7 @@ def table(results: dict) -> str:
             if n == "1" and "1" in limit:
                 share = f"{row['rps'] / limit['1']['rps']:.0%}"
             cells = [f"{row['rps']:.1f}", ratio, share, *(f"{row[f'p{q}_ms']:.0f}" for q in (50, 95, 99))]
-            if name == "limit":
+            if name in ALONE:
                 cells += ["", "", "", "", "", ""]
             else:
                 cells += [f"{row['cpu_cores']:.2f}", f"{row['memory_mb']:.0f}", f"{row['start_up_s']:.1f}"]
@@ -216,7 +216,7 @@ def summary(results: dict) -> str:
 
     The last column is the goodput under overload as a share of the peak.
     """
-    counts = sorted({int(n) for name in results if name != "limit" for n in results[name]} - {OVERLOAD})
+    counts = sorted({int(n) for name in results if name not in ALONE for n in results[name]} - {OVERLOAD})
     most = str(8 if 8 in counts else counts[-1])
     base, limit = (results.get(name, {}).get(most, {}).get("rps") for name in ("baseline", "limit"))
     heads = [f"{n} client{'s' * (n > 1)}" for n in counts]
@@ -246,7 +246,7 @@ def plot(results: dict, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
-    served = [name for name in sorted(results, key=ALL.index) if name != "limit"]
+    served = [name for name in sorted(results, key=ALL.index) if name not in ALONE]
     for i, name in enumerate(served):
         rows = sorted((int(n), row) for n, row in results[name].items() if int(n) != OVERLOAD)
         ours = name in contenders.OURS or name in contenders.UVICORN
@@ -254,8 +254,8 @@ def plot(results: dict, path: Path) -> None:
         left.plot([n for n, _ in rows], [row["rps"] for _, row in rows], label=name, **style)
         right.plot([n for n, _ in rows], [row["p50_ms"] for _, row in rows], label=name, **style)
     if "limit" in results:
-        left.axhline(results["limit"]["8"]["rps"], color="black", linewidth=1, label="limit (in process)")
-        right.axhline(results["limit"]["1"]["p50_ms"], color="black", linewidth=1, label="limit (in process)")
+        left.axhline(results["limit"]["8"]["rps"], color="black", linewidth=1, label="limit (the model alone)")
+        right.axhline(results["limit"]["1"]["p50_ms"], color="black", linewidth=1, label="limit (the model alone)")
     for axes, title in ((left, "requests per second"), (right, "median latency, ms")):
         axes.set(title=title, xlabel="clients", xscale="log", yscale="log")
         ticks = sorted({int(n) for name in served for n in results[name]} - {OVERLOAD})
@@ -305,8 +305,9 @@ def bench(names: list[str], clients: list[int], args) -> None:
     runs, failures, workers = defaultdict(lambda: defaultdict(list)), [], {}
     for _, name in (progress := tqdm([(i, name) for i in range(args.repeat) for name in names], unit="run")):
         progress.set_postfix_str(name)
-        if name == "limit":
-            command = [sys.executable, "-m", "benchmark.limit", BUILD / FASTEST, str(args.seconds)]
+        if name in ALONE:
+            command = [sys.executable, "-m", "benchmark.limit", name, BUILD / FASTEST, f"--seconds={args.seconds}"]
+            command += [f"--photos={args.photos.resolve()}"] if args.photos else []
             rows = json.loads(subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True).stdout)
         else:
             try:

@@ -18,6 +18,7 @@ import time
 import uuid
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from http import HTTPStatus
 from pathlib import Path
 
@@ -87,12 +88,13 @@ def application(handler: Handler, name: str, token: str | None = None) -> Starle
 
     async def answer_in_turn(request: Request, body: bytes) -> tuple[Response, list[Rejected]]:
         """What `answer` says; ClientDisconnect where nobody waits for it any more."""
-        with anyio.move_on_after(WAIT_SECONDS) as wait:
+        waits = turn.locked()
+        with anyio.move_on_after(WAIT_SECONDS) if waits else nullcontext() as timeout:
             await turn.acquire()
-        if wait.cancelled_caught:
+        if waits and timeout.cancelled_caught:
             raise busy()
         try:
-            if await request.is_disconnected():
+            if waits and await request.is_disconnected():
                 raise ClientDisconnect
             return await asyncio.get_running_loop().run_in_executor(pool, answer, request.headers, body)
         finally:

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 from .config import read_config
@@ -29,7 +30,10 @@ MODULES = (
 )
 MODEL_FILES = {"eager": (), "openvino": ("fastunet.bin", "fastunet.xml")}  # by runtime; eager has Config.model_file
 
-BATCH_SIZES = {"cpu": 4, "cuda": 32}  # requests together: on a GPU they go through the model as one
+# Requests that a worker gets together, at most, by what computes. PyTorch on a CPU computes photos one by one, and two
+# for one worker are two that another, which has nothing to do, does not get. OpenVINO computes them side by side in one
+# worker, and on a GPU they go through the model as one.
+BATCH_SIZES = {"eager": 1, "openvino": 16, "cuda": 32}
 
 
 class ArchiveError(Exception):
@@ -98,15 +102,16 @@ def make_archive(folder: Path | str, name: str = "fastunet", version: str = "1.0
 def set_batch_size(folder: Path | str, device: str) -> None:
     """Write into `folder`/model-config.yaml how many requests a worker gets together, at most: what pays on `device`.
 
+    `device` is cpu or cuda.
+
     Raises:
-        ArchiveError: there is no such file, or it has no such setting.
+        ArchiveError: there is no such file, it has no such setting, or is wrong.
     """
     path = Path(folder, "model-config.yaml")
     try:
-        text, n = re.subn(
-            r"^batchSize: *\d+", f"batchSize: {BATCH_SIZES[device]}", path.read_text(), flags=re.MULTILINE
-        )
-    except OSError as error:
+        size = BATCH_SIZES["cuda" if device == "cuda" else read_config(folder).runtime]
+        text, n = re.subn(r"^batchSize: *\d+ *", f"batchSize: {size}".ljust(21), path.read_text(), flags=re.MULTILINE)
+    except (OSError, ValueError, KeyError) as error:
         raise ArchiveError(f"{error}: run `python -m deployment.export LEARNER.pkl --out {folder}` first") from None
     if not n:
         raise ArchiveError(f"{path} has no line `batchSize: …`")
@@ -133,6 +138,16 @@ def find_archive(model_store: Path | str, name: str | None = None) -> tuple[Path
     return found, wanted
 
 
+def runtime_of(archive: Path) -> str:
+    """The runtime that `archive` was made for, by the files in it: one of MODEL_FILES.
+
+    Raises:
+        zipfile.BadZipFile: it is no archive.
+    """
+    with zipfile.ZipFile(archive) as file:
+        return "openvino" if {*MODEL_FILES["openvino"]} <= {*file.namelist()} else "eager"
+
+
 def fetch(uri: str, name: str | None = None) -> Path:
     """A new folder with the archives that lie in `uri`, a Cloud Storage folder `gs://BUCKET/FOLDER`.
 
@@ -156,7 +171,9 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", default="model_store", help="what the export wrote (default: %(default)s)")
     parser.add_argument("--name", default="fastunet", help="name of the model, and so of its route: %(default)s")
     parser.add_argument("--version", default="1.0", help="default: %(default)s")
-    parser.add_argument("--device", choices=BATCH_SIZES, help="set batchSize for it (default: what the export wrote)")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="set batchSize for it (default: what the export wrote)"
+    )
     args = parser.parse_args()
     try:
         if args.device:

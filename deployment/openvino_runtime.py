@@ -29,11 +29,12 @@ def load_openvino(model, threads: int, precision: str = "fp32") -> Callable[[Ten
         logger.warning("this processor has no bf16: serving in fp32")
     together = compile_model(model, threads, streams=threads, precision=precision)
     requests = queue.SimpleQueue()  # those that no photo is in
-    for _ in range(threads):
+    at_once = 2 * threads  # the next photos already wait in OpenVINO, so that no thread waits for Python
+    for _ in range(at_once):
         requests.put(together.create_infer_request())
     most = min(max(threads, 2), available_cores())
     alone = compile_model(model, most, precision=precision).create_infer_request() if most > 1 else None
-    pool = ThreadPoolExecutor(threads) if threads > 1 else None
+    pool = ThreadPoolExecutor(at_once)
     lock, photos = threading.Lock(), 0
 
     def compute(x: Tensor) -> Tensor:
@@ -51,8 +52,9 @@ def load_openvino(model, threads: int, precision: str = "fp32") -> Callable[[Ten
         try:
             if lone:
                 return infer(alone, batch)
-            parts = batch.split(1)
-            return torch.cat([*(pool.map if pool and len(parts) > 1 else map)(compute, parts)])
+            if len(batch) == 1:
+                return compute(batch)
+            return torch.cat([*pool.map(compute, batch.split(1))])
         finally:
             with lock:
                 photos -= len(batch)
@@ -62,7 +64,7 @@ def load_openvino(model, threads: int, precision: str = "fp32") -> Callable[[Ten
 
 def infer(request, x: Tensor) -> Tensor:
     """The output of one infer request, which only one thread at a time may use, for one photo."""
-    return torch.from_numpy(request.infer([x.numpy()], share_inputs=True)[0])
+    return torch.from_numpy(request.infer(x.numpy(), share_inputs=True)[0])
 
 
 def compile_model(model: Path | str | object, threads: int, streams: int = 1, precision: str = "fp32"):

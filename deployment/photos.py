@@ -33,6 +33,7 @@ class Preprocessor:
     def __init__(self, config: Config):
         self.config = config
         self.max_pixels = config.max_pixels or (4_000_000 if config.keeps_photo_size else 50_000_000)
+        self.mean, self.std = (values and torch.tensor(values)[:, None, None] for values in (config.mean, config.std))
 
     def __call__(self, data: bytes) -> torch.Tensor:
         """The photo in `data` as float32 (channels, height, width)."""
@@ -112,13 +113,12 @@ class Preprocessor:
 
     def to_tensor(self, image: Image.Image) -> torch.Tensor:
         """`image` as float32 (channels, height, width), as the batch transforms leave it at validation time."""
-        x = torch.from_numpy(np.array(image)).float().div_(255.0)
-        x = x.permute(2, 0, 1) if x.ndim == 3 else x[None]
+        x = torch.from_numpy(np.array(image))
+        x = (x.permute(2, 0, 1) if x.ndim == 3 else x[None]).contiguous().float().div_(255.0)
         for options in self.config.affine:
             x = resample_affine(x, **options)
-        if self.config.mean is not None:
-            mean, std = torch.tensor(self.config.mean), torch.tensor(self.config.std)
-            x = (x - mean[:, None, None]) / std[:, None, None]
+        if self.mean is not None:
+            x = x.sub_(self.mean).div_(self.std)
         return x.contiguous()
 
     def label(self, image: Image.Image) -> torch.Tensor:

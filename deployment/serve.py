@@ -24,18 +24,19 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from .archive import fetch, find_archive
+from .archive import fetch, find_archive, runtime_of
 from .processes import cores, free_ports, gpus, own_folder, reserve_port, started
 
 CONFIG = Path(__file__).with_name("config.properties")
 LOG_CONFIG = Path(__file__).with_name("log4j2.xml")
 
 
-def workers_and_threads() -> tuple[int, int]:
-    """How many workers serve a model, and the threads of each: all cores are in use, and none by two.
+def workers_and_threads(runtime: str = "eager") -> tuple[int, int]:
+    """How many workers serve a model of that runtime, and the threads of each: all cores are in use, and none by two.
 
-    One worker per GPU; without one, a worker per core answers most requests a second, and more than four mostly cost
-    memory. TS_DEFAULT_WORKERS_PER_MODEL sets another number; 0 is none.
+    One worker per GPU. Without one, OpenVINO uses all cores in one worker; PyTorch answers most requests a second with
+    a worker per core, and more than four mostly cost memory. TS_DEFAULT_WORKERS_PER_MODEL sets another number; 0 is
+    none.
 
     Raises:
         ValueError: that variable is no number.
@@ -43,7 +44,7 @@ def workers_and_threads() -> tuple[int, int]:
     workers = int(os.environ.get("TS_DEFAULT_WORKERS_PER_MODEL") or 0)
     if workers < 0:
         raise ValueError("TS_DEFAULT_WORKERS_PER_MODEL must not be negative")
-    workers = workers or gpus() or min(cores(), 4)
+    workers = workers or gpus() or (1 if runtime == "openvino" else min(cores(), 4))
     return workers, max(1, cores() // workers)
 
 
@@ -83,6 +84,7 @@ def command(
     Raises:
         FileNotFoundError: `model_store` holds no such archive, or there is no Java or no TorchServe.
         OSError: a port is taken; the message names it.
+        zipfile.BadZipFile: the archive is damaged.
     """
     archive, name = find_archive(model_store, name)
     for address, number in ((host, port), ("127.0.0.1", management_port), ("127.0.0.1", metrics_port)):
@@ -91,7 +93,7 @@ def command(
 
     home = Path(ts.__file__).parent
     grpc, grpc_management, worker = free_ports(3)
-    workers, threads = workers_and_threads()
+    workers, threads = workers_and_threads(runtime_of(archive))
     env = os.environ | {
         "TS_INFERENCE_ADDRESS": f"http://{host}:{port}",
         "TS_MANAGEMENT_ADDRESS": f"http://127.0.0.1:{management_port}",

@@ -101,7 +101,8 @@ def test_a_broken_configuration_is_one_line_and_status_2(settings, store, monkey
 
 
 def test_a_runtime_that_there_is_not_is_one_line_and_status_2(store, monkeypatch, capsys):
-    write_config(dataclasses.replace(SMALL, runtime="compile"), store)
+    path = store / "model-config.yaml"
+    path.write_text(path.read_text().replace("runtime: eager", "runtime: compile"))
     assert run_main(monkeypatch, store) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and "compile" in err

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from ..archive import BATCH_SIZES
 from ..config import Config, read_config
 from ..runtime import PRECISIONS, RuntimeUnavailable, check_runtime
 from .convert import convert
@@ -30,8 +31,8 @@ __all__ = ["ExportError", "export_learner", "load_learner"]
 
 CONFIG_HEAD = """\
 # TorchServe's configuration of this model, for `torch-model-archiver --config-file`.
-# How many workers run is not said here: deployment/serve.py decides it by the machine's cores and GPUs.
-batchSize: 4         # requests handed to a worker together, at most; `deployment.archive --device cuda` makes it 32
+# How many workers run is not said here: deployment/serve.py decides it by the runtime and the machine.
+batchSize: {:<9} # requests handed to a worker together, at most; `deployment.archive --device cuda` makes it 32
 maxBatchDelay: 1     # ms that the first of them waits for others (0 would mean 100); those that come while the workers
                      # compute gather anyway, and are handed over with one message in place of several
 responseTimeout: 120 # s until a worker that does not answer is restarted
@@ -127,4 +128,4 @@ def write_config(config: Config, folder: Path | str) -> None:
         if f.default is None and values[f.name] is None:
             del values[f.name]
     section = yaml.safe_dump({"handler": values}, sort_keys=False, default_flow_style=None, width=100)
-    Path(folder, "model-config.yaml").write_text(CONFIG_HEAD + section)
+    Path(folder, "model-config.yaml").write_text(CONFIG_HEAD.format(BATCH_SIZES[config.runtime]) + section)
