@@ -30,10 +30,9 @@ MODULES = (
 )
 MODEL_FILES = {"eager": (), "openvino": ("fastunet.bin", "fastunet.xml")}  # by runtime; eager has Config.model_file
 
-# Requests that a worker gets together, at most, by what computes. PyTorch on a CPU computes photos one by one, and two
-# for one worker are two that another, which has nothing to do, does not get. OpenVINO computes them side by side in one
-# worker, and on a GPU they go through the model as one.
-BATCH_SIZES = {"eager": 1, "openvino": 16, "cuda": 32}
+# Requests that a worker gets together, at most. PyTorch on a CPU computes them one by one, and what waits with one
+# worker another cannot take; OpenVINO computes them side by side; on a GPU they go through the model as one.
+BATCH_SIZES = {"eager": 4, "openvino": 16, "cuda": 32}
 
 
 class ArchiveError(Exception):

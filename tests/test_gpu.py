@@ -151,7 +151,7 @@ def two_gpus(monkeypatch):
 
 
 def test_one_worker_per_gpu(two_gpus, monkeypatch):
-    assert serve.workers_and_threads() == (2, 4)
+    assert serve.workers_and_threads() == serve.workers_and_threads("openvino") == (2, 4)
     monkeypatch.setenv("TS_DEFAULT_WORKERS_PER_MODEL", "3")
     assert serve.workers_and_threads()[0] == 3
 

@@ -1,7 +1,9 @@
 """What computes: from logits to masks as fastai does it, PyTorch, OpenVINO, and what is told where one lacks."""
 
+import base64
 import dataclasses
 import logging
+import shutil
 import sys
 import threading
 import time
@@ -9,15 +11,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, agreement, configured, photo_batch
+from conftest import SMALL, agreement, configured, draw_photo, encoded, photo_batch
 
-from deployment import openvino_runtime, runtime
+from deployment import openvino_runtime, runtime, serve
+from deployment.archive import make_archive
 from deployment.export import write_config
 from deployment.export.convert import MIN_AGREEMENT
 from deployment.handler import Handler, Photo
+from deployment.photos import Preprocessor
+from deployment.processes import free_ports
 from deployment.runtime import RuntimeUnavailable, choose_device, decode
 
 CPU = torch.device("cpu")
@@ -244,6 +250,28 @@ def test_openvino_may_be_asked_by_many_threads(int8):
     with ThreadPoolExecutor(8) as pool:
         masks = [*pool.map(lambda i: predict(batches[i % 3]), range(60))]
     assert all(torch.equal(mask, expected[i % 3]) for i, mask in enumerate(masks))
+
+
+def test_openvino_has_one_worker_that_uses_all_cores(int8, tmp_path):
+    """A real TorchServe. Its answers, also those to requests that come together, are those of the model in process."""
+    config, folder = int8
+    for file in folder.glob("*.*"):
+        shutil.copy(file, tmp_path)
+    write_config(config, tmp_path)
+    make_archive(tmp_path)
+    photos = [encoded(draw_photo(seed)) for seed in range(16)]
+    predict = openvino_runtime.load_openvino(folder / "fastunet.xml", 1, "int8")
+    expected = [predict(Preprocessor(config)(photo)[None])[0].numpy().tobytes() for photo in photos]
+    port = free_ports(1)[0]
+
+    def ask(photo: bytes) -> bytes:
+        answer = httpx.post(f"{url}/predictions/fastunet", content=photo, timeout=60)
+        return base64.b64decode(answer.json()["base64_prediction"])
+
+    with serve.torchserve(tmp_path, management_port=port) as url, ThreadPoolExecutor(16) as clients:
+        model = serve.model_status(port)
+        assert list(clients.map(ask, photos * 4)) == expected * 4
+    assert (model["batchSize"], len(model["workers"])) == (16, 1)
 
 
 def test_openvino_lets_go_of_a_photo_that_fails(int8):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -593,6 +594,8 @@ def test_says_in_one_line_why_it_cannot_start(tmp_path):
     assert "there are field.mar, street.mar: choose with --name" in serve_error(tmp_path)
     assert "finds no GPU it can use" in serve_error(tmp_path, "--name=street", "--require-gpu", CUDA_VISIBLE_DEVICES="")
     assert "is not a zip file" in serve_error(tmp_path, "--name=street", "--server=uvicorn")
+    assert "is not a zip file" in serve_error(tmp_path, "--name=street")
+    zipfile.ZipFile(tmp_path / "street.mar", "w").close()
     assert "must not be negative" in serve_error(tmp_path, "--name=street", TS_DEFAULT_WORKERS_PER_MODEL="-1")
 
 
