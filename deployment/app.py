@@ -17,7 +17,6 @@ import tempfile
 import time
 import uuid
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from http import HTTPStatus
 from pathlib import Path
@@ -28,6 +27,7 @@ import torch
 import uvicorn
 import yaml
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
@@ -56,7 +56,7 @@ def application(handler: Handler, name: str, token: str | None = None) -> Starle
     path = f"/predictions/{name}"
     description = yaml.safe_load((HERE / "openapi.yaml").read_text().replace("NAME", name))
     at_once = 2 * cores()  # while photos are in the model, the next are read and the last drawn
-    pool, turn, inside = ThreadPoolExecutor(at_once), asyncio.Semaphore(at_once), 0
+    turn, inside = asyncio.Semaphore(at_once), 0
 
     async def predict(request: Request) -> Response:
         nonlocal inside
@@ -96,7 +96,7 @@ def application(handler: Handler, name: str, token: str | None = None) -> Starle
         try:
             if waits and await request.is_disconnected():
                 raise ClientDisconnect
-            return await asyncio.get_running_loop().run_in_executor(pool, answer, request.headers, body)
+            return await run_in_threadpool(answer, request.headers, body)  # the thread used last, with warm caches
         finally:
             turn.release()
 
