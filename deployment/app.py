@@ -22,12 +22,12 @@ from http import HTTPStatus
 from pathlib import Path
 
 import anyio
+import anyio.to_thread
 import prometheus_client
 import torch
 import uvicorn
 import yaml
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
@@ -56,7 +56,7 @@ def application(handler: Handler, name: str, token: str | None = None) -> Starle
     path = f"/predictions/{name}"
     description = yaml.safe_load((HERE / "openapi.yaml").read_text().replace("NAME", name))
     at_once = 2 * cores()  # while photos are in the model, the next are read and the last drawn
-    turn, inside = asyncio.Semaphore(at_once), 0
+    threads, turn, inside = anyio.CapacityLimiter(at_once), asyncio.Semaphore(at_once), 0
 
     async def predict(request: Request) -> Response:
         nonlocal inside
@@ -96,7 +96,8 @@ def application(handler: Handler, name: str, token: str | None = None) -> Starle
         try:
             if waits and await request.is_disconnected():
                 raise ClientDisconnect
-            return await run_in_threadpool(answer, request.headers, body)  # the thread used last, with warm caches
+            # Of idle threads the one used last: its caches are warm, and so is the core on which it wakes.
+            return await anyio.to_thread.run_sync(answer, request.headers, body, limiter=threads)
         finally:
             turn.release()
 
