@@ -321,8 +321,9 @@ def test_the_limit_is_measured_in_process(converted):
         finished = subprocess.run(command, check=True, cwd=contenders.ROOT, capture_output=True, text=True)
         result = results[name] = json.loads(finished.stdout)
         assert set(result) == {"1", "8"} and all(set(row) >= KEYS for row in result.values())
-        assert result["1"]["rps"] == pytest.approx(1000 / result["1"]["p50_ms"], rel=0.5)
-    assert results["limit"]["8"]["rps"] >= results["limit"]["1"]["rps"] > 0
+        # One photo after another, in milliseconds: the slowest of a hundred takes no less than the mean.
+        assert 0 < 1000 / result["1"]["p99_ms"] <= result["1"]["rps"] < 10_000
+    assert results["limit"]["8"]["rps"] >= results["limit"]["1"]["rps"]
 
 
 def test_peers_answer_with_the_handlers_own_mask(converted):
