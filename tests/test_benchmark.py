@@ -321,8 +321,7 @@ def test_the_limit_is_measured_in_process(converted):
         finished = subprocess.run(command, check=True, cwd=contenders.ROOT, capture_output=True, text=True)
         result = results[name] = json.loads(finished.stdout)
         assert set(result) == {"1", "8"} and all(set(row) >= KEYS for row in result.values())
-        # One photo after another, in milliseconds: the slowest of a hundred takes no less than the mean.
-        assert 0 < 1000 / result["1"]["p99_ms"] <= result["1"]["rps"] < 10_000
+        assert all(row["rps"] > 0 and 0 < row["p50_ms"] <= row["p99_ms"] for row in result.values())
     assert results["limit"]["8"]["rps"] >= results["limit"]["1"]["rps"]
 
 
