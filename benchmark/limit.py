@@ -8,17 +8,17 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-import openvino as ov
 import torch
 
 from benchmark.contenders import ALONE
 from benchmark.run import photos
 from deployment.config import read_config
 from deployment.handler import Handler
+from deployment.openvino_runtime import load_openvino
 from deployment.processes import cores
 
 WARM_UP = 0.5  # seconds
@@ -29,26 +29,9 @@ def measure_model(model: Path, img_size: tuple[int, int], seconds: float, n_in: 
 
     Throughput is the better of one photo at a time on all cores and one photo per core.
     """
-    core = ov.Core()
-    results = {}
-    for streams in sorted({1, cores()}):
-        settings = {"INFERENCE_NUM_THREADS": cores(), "NUM_STREAMS": streams, "INFERENCE_PRECISION_HINT": "f32"}
-        compiled = core.compile_model(model, "CPU", settings)
-        x = np.random.default_rng(0).random((1, n_in, *img_size), np.float32)
-        times = []
-        queue = ov.AsyncInferQueue(compiled, streams)
-        queue.set_callback(lambda request, start, times=times: times.append(time.perf_counter() - start))
-        for duration in (WARM_UP, seconds):
-            times.clear()
-            start = time.perf_counter()
-            while time.perf_counter() - start < duration:
-                queue.get_idle_request_id()  # waits for a free stream
-                queue.start_async([x], time.perf_counter(), share_inputs=True)
-            queue.wait_all()
-            elapsed = time.perf_counter() - start
-        results[streams] = figures(times, elapsed)
-    best = max(results, key=lambda streams: results[streams]["rps"])
-    return {"1": results[1], "8": results[best] | {"streams": best}}
+    predict, x = load_openvino(model, cores()), torch.rand(1, n_in, *img_size)
+    alone, together = (figures(lambda _: predict(x), threads, seconds) for threads in (1, 2 * cores()))
+    return {"1": alone, "8": max(alone, together, key=lambda row: row["rps"])}
 
 
 def measure_handler(model: Path, images: list[bytes], seconds: float) -> dict:
@@ -60,29 +43,30 @@ def measure_handler(model: Path, images: list[bytes], seconds: float) -> dict:
     handler = Handler()
     handler.load(model)
 
+    def answer(i: int) -> None:
+        job = handler.preprocess({"body": images[i % len(images)]})
+        handler.inference(job.photos)
+        handler.postprocess(job)
+
+    return {"1": figures(answer, 1, seconds), "8": figures(answer, 2 * cores(), seconds)}
+
+
+def figures(answer: Callable[[int], None], threads: int, seconds: float) -> dict:
+    """What results.json has of `threads` threads that call `answer`, with a number that counts up, again and again."""
+
     def answer_until(end: float, first: int) -> list[float]:
         times = []
         while (begin := time.perf_counter()) < end:
-            job = handler.preprocess({"body": images[(first + len(times)) % len(images)]})
-            handler.inference(job.photos)
-            handler.postprocess(job)
+            answer(first + len(times))
             times.append(time.perf_counter() - begin)
         return times
 
-    results = {}
-    for clients, threads in (("1", 1), ("8", 2 * cores())):
-        with ThreadPoolExecutor(threads) as pool:
-            for duration in (WARM_UP, seconds):
-                start = time.perf_counter()
-                parts = [pool.submit(answer_until, start + duration, i) for i in range(threads)]
-                times = [t for part in parts for t in part.result()]
-                elapsed = time.perf_counter() - start
-        results[clients] = figures(times, elapsed)
-    return results
-
-
-def figures(times: list[float], elapsed: float) -> dict:
-    """What results.json has of as many answers as `times`, each in so many seconds, that took `elapsed` together."""
+    with ThreadPoolExecutor(threads) as pool:
+        for duration in (WARM_UP, seconds):
+            start = time.perf_counter()
+            parts = [pool.submit(answer_until, start + duration, i) for i in range(threads)]
+            times = [t for part in parts for t in part.result()]
+            elapsed = time.perf_counter() - start
     quantiles = [1000 * q for q in statistics.quantiles(times, n=100, method="inclusive")]
     return {
         "rps": round(len(times) / elapsed, 3),
