@@ -6,7 +6,6 @@ photo to those of its answer. Prints a line of JSON, `{"1": latency of one photo
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +13,10 @@ from pathlib import Path
 
 import torch
 
+from benchmark import load, peers
 from benchmark.contenders import ALONE
 from benchmark.run import photos
 from deployment.config import read_config
-from deployment.handler import Handler
 from deployment.openvino_runtime import load_openvino
 from deployment.processes import cores
 
@@ -40,12 +39,11 @@ def measure_handler(model: Path, images: list[bytes], seconds: float) -> dict:
     Throughput is that of as many photos at once as `deployment.app` lets in: twice the number of cores.
     """
     torch.set_num_threads(cores())
-    handler = Handler()
-    handler.load(model)
+    handler = peers.load(str(model))
 
     def answer(i: int) -> None:
-        job = handler.preprocess({"body": images[i % len(images)]})
-        handler.inference(job.photos)
+        job = peers.read(handler, images[i % len(images)])
+        peers.infer(handler, [job])
         handler.postprocess(job)
 
     return {"1": figures(answer, 1, seconds), "8": figures(answer, 2 * cores(), seconds)}
@@ -67,16 +65,7 @@ def figures(answer: Callable[[int], None], threads: int, seconds: float) -> dict
             parts = [pool.submit(answer_until, start + duration, i) for i in range(threads)]
             times = [t for part in parts for t in part.result()]
             elapsed = time.perf_counter() - start
-    quantiles = [1000 * q for q in statistics.quantiles(times, n=100, method="inclusive")]
-    return {
-        "rps": round(len(times) / elapsed, 3),
-        "p50_ms": round(quantiles[49], 2),
-        "p95_ms": round(quantiles[94], 2),
-        "p99_ms": round(quantiles[98], 2),
-        "refused": 0,
-        "errors": 0,
-        "wrong_masks": 0,
-    }
+    return load.summary([(0.0, t, 0, 200, b"") for t in times], elapsed, lambda *_: True)
 
 
 def main() -> None:

@@ -18,12 +18,12 @@ import torch
 from conftest import SMALL, agreement, configured, draw_photo, encoded, photo_batch
 
 from deployment import openvino_runtime, runtime, serve
-from deployment.archive import make_archive
+from deployment.archive import make_archive, runtime_of, set_batch_size
 from deployment.export import write_config
 from deployment.export.convert import MIN_AGREEMENT
 from deployment.handler import Handler, Photo
 from deployment.photos import Preprocessor
-from deployment.processes import free_ports
+from deployment.processes import cores, free_ports
 from deployment.runtime import RuntimeUnavailable, choose_device, decode
 
 CPU = torch.device("cpu")
@@ -252,13 +252,19 @@ def test_openvino_may_be_asked_by_many_threads(int8):
     assert all(torch.equal(mask, expected[i % 3]) for i, mask in enumerate(masks))
 
 
-def test_openvino_has_one_worker_that_uses_all_cores(int8, tmp_path):
+def test_openvino_has_one_worker_that_uses_all_cores(int8, tmp_path, monkeypatch):
     """A real TorchServe. Its answers, also those to requests that come together, are those of the model in process."""
     config, folder = int8
     for file in folder.glob("*.*"):
         shutil.copy(file, tmp_path)
     write_config(config, tmp_path)
+    written = (tmp_path / "model-config.yaml").read_text()
+    for device in ("cuda", "cpu"):
+        set_batch_size(tmp_path, device)
+    assert (tmp_path / "model-config.yaml").read_text() == written
     make_archive(tmp_path)
+    monkeypatch.delenv("TS_DEFAULT_WORKERS_PER_MODEL", raising=False)
+    assert serve.workers_and_threads(runtime_of(tmp_path / "fastunet.mar")) == (1, cores())
     photos = [encoded(draw_photo(seed)) for seed in range(16)]
     predict = openvino_runtime.load_openvino(folder / "fastunet.xml", 1, "int8")
     expected = [predict(Preprocessor(config)(photo)[None])[0].numpy().tobytes() for photo in photos]
