@@ -2,7 +2,7 @@
 #
 #   docker build -t fastunet .                                   for the CPU, gigabytes smaller
 #   docker build -t fastunet --build-arg TORCH_BACKEND=cu126 .   for a GPU, CUDA 12: NVIDIA driver 525.60 or newer
-#   docker build -t fastunet --build-arg SERVER=uvicorn .        without TorchServe and Java: deployment/app.py serves
+#   docker build -t fastunet --build-arg SERVER=uvicorn .        without TorchServe and Java: Starlette on uvicorn serves
 #
 # TORCH_BACKEND is any value of `uv pip install --torch-backend` for which PyTorch publishes the pinned version, or `pypi`:
 # PyTorch as PyPI has it, with CUDA 13 (NVIDIA driver 580 or newer). PyPI's is also taken, and the build says so, where

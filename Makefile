@@ -54,8 +54,14 @@ notebooks: .venv/installed ## run all five notebooks and write their outputs int
 lint: .venv/installed ## check the style
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
 
-clean: ## remove what the pipeline wrote; keep the environment
-	rm -rf model_store/* data logs .pytest_cache .ruff_cache .hypothesis
+# By name: what else lies there is the reader's. Scenes bear the hash of the code that drew them.
+HASH := $(subst x,[0-9a-f],xxxxxxxx)
+clean: ## remove what the pipeline wrote; keep the environment, and your own files in data/ and model_store/
+	rm -rf data/scenes-$(HASH) data/.scenes-$(HASH)-*
+	rm -rf model_store/learner.pkl model_store/learner.part model_store/model-config.yaml model_store/expected_mask.png
+	rm -rf model_store/fastunet.* model_store/first model_store/0[1-5]_*.ipynb
+	rm -rf model_store/.export-* model_store/.archive-* model_store/.model-config.yaml.part
+	rm -rf .pytest_cache .ruff_cache .hypothesis
 
 # TORCH_BACKEND, from the command line or the environment, chooses PyTorch's build; the default is auto.
 .venv/installed: requirements.txt constraints.txt

@@ -24,8 +24,9 @@ from deployment.archive import make_archive
 from deployment.config import Config, read_config
 from deployment.export import write_config
 from deployment.export.convert import convert
-from deployment.processes import cores, free_ports, started
-from deployment.serve import DIRECT, java, torchserve
+from deployment.runtime import cores
+from deployment.server.processes import free_ports, started
+from deployment.server.torchserve import DIRECT, java, torchserve
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -146,8 +147,9 @@ def contender(name: str, folder: Path, workers: int = 1) -> Iterator[str]:
             yield url
     elif name in UVICORN:
         port, metrics = free_ports(2)
-        argv = [sys.executable, "-m", "deployment.app", "--model-store", str(folder / store_of(name))]
-        with server([*argv, f"--port={port}", f"--metrics-port={metrics}"], port):
+        argv = [sys.executable, "-m", "deployment.serve", "--server=uvicorn"]
+        argv += [f"--model-store={folder / store_of(name)}", f"--port={port}", f"--metrics-port={metrics}"]
+        with server(argv, port):
             yield f"http://127.0.0.1:{port}/predictions/fastunet"
     else:
         port = free_ports(1)[0]
@@ -189,7 +191,7 @@ def server(argv: list[str], port: int, timeout: float = 120, workers: int = 1) -
         "BENTOML_DO_NOT_TRACK": "True",
     }
     if argv[0] != str(PEERS_PYTHON):
-        env.pop("OMP_NUM_THREADS")  # the baseline leaves this to torch, and app.py knows it
+        env.pop("OMP_NUM_THREADS")  # the baseline leaves this to torch, and our server knows it
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch, "log")
         streams = {"stdout": (output := log.open("wb")), "stderr": subprocess.STDOUT}

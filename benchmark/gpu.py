@@ -34,7 +34,7 @@ from deployment.config import Config
 from deployment.export import write_config
 from deployment.handler import Handler
 from deployment.model import DynamicUnetDIY
-from deployment.processes import free_ports, started
+from deployment.server.processes import free_ports, started
 
 RESULTS = Path(__file__).with_name("gpu_results.json")
 BATCHES = (1, 2, 4, 8, 16, 32, 64)

@@ -18,7 +18,7 @@ from benchmark.contenders import ALONE
 from benchmark.run import photos
 from deployment.config import read_config
 from deployment.openvino_runtime import load_openvino
-from deployment.processes import cores
+from deployment.runtime import cores
 
 WARM_UP = 0.5  # seconds
 
@@ -36,7 +36,7 @@ def measure_model(model: Path, img_size: tuple[int, int], seconds: float, n_in: 
 def measure_handler(model: Path, images: list[bytes], seconds: float) -> dict:
     """`{1: latency, 8: throughput}` of the handler with the model in the folder `model` on the photos `images`.
 
-    Throughput is that of as many photos at once as `deployment.app` lets in: twice the number of cores.
+    Throughput is that of as many photos at once as `deployment.server.app` lets in: twice the number of cores.
     """
     torch.set_num_threads(cores())
     handler = peers.load(str(model))

@@ -35,7 +35,7 @@ from deployment.export.convert import MIN_AGREEMENT
 from deployment.export.dataset import list_photos
 from deployment.openvino_runtime import load_openvino
 from deployment.photos import Preprocessor
-from deployment.processes import cores
+from deployment.runtime import cores
 
 RESULTS = HERE / "results.json"
 BUILD = HERE / "build"  # model stores of the contenders, kept between runs

@@ -25,7 +25,7 @@ from deployment.export.convert import to_openvino
 from deployment.model import DynamicUnetDIY
 from deployment.openvino_runtime import compile_model, infer
 from deployment.photos import Preprocessor
-from deployment.processes import cores
+from deployment.runtime import cores
 
 # vCPUs of machine types that AI Platform offers: https://cloud.google.com/vertex-ai/docs/predictions/configure-compute
 MACHINES = {"n1-standard-2": 2, "n1-standard-4": 4, "n1-standard-8": 8, "n1-standard-16": 16}

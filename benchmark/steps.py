@@ -12,8 +12,8 @@ from benchmark import load
 from benchmark.contenders import OURS, first_answer
 from benchmark.run import BUILD, photos
 from benchmark.scaling import show
-from deployment.processes import free_ports
-from deployment.serve import DIRECT, torchserve
+from deployment.server.processes import free_ports
+from deployment.server.torchserve import DIRECT, torchserve
 
 STEPS = {
     "queue": ("ts_queue_latency_microseconds", 1e-3),

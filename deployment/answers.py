@@ -2,28 +2,24 @@
 
 | task | answer |
 |---|---|
-| segmentation | `{"base64_prediction": …, "shape": [height, width], "classes": {name: share, …}}`, or a picture |
+| segmentation | `{"base64_prediction": …, "shape": [height, width], "classes": {name: share, …}, "names": [name, …]}`, or a picture |
 | classification | `{"label": name, "probabilities": {name: probability, …}}`, most probable first |
 | multi-label | `{"labels": [name, …], "probabilities": {name: probability, …}}`, likewise |
 | regression | `{"values": [value, …]}` |
-| points | `{"points": [[x, y], …]}` in pixels of the photo as it was sent |
+| points | `{"points": [[x, y], …]}` in pixels of the image as it was sent |
 
-NumPy and Pillow alone.
+`names` has the name of each index of a mask; JSON objects lose their order on the way through some clients. NumPy and
+Pillow alone.
 """
 
 import colorsys
 import io
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-if __package__:
-    from .protocol import Request, bad_request
-else:  # in the archive, where the files lie side by side
-    from protocol import Request, bad_request
-if TYPE_CHECKING:  # it needs torch, which whoever only draws masks can do without
-    from .photos import Preprocessor
+from .photos import Preprocessor
+from .protocol import Request, bad_request
 
 # The colors of the CamVid database (Brostow et al. 2009), and of the names that its 11-class subset goes by.
 CAMVID_COLORS = {
@@ -42,36 +38,36 @@ MAX_JPEG_SIDE = 65500  # pixels
 
 def make_answer(
     output: np.ndarray,
-    preprocessor: "Preprocessor",
+    preprocessor: Preprocessor,
     request: Request,
     size: tuple[int, int],
-    photo: Image.Image | None = None,
+    image: Image.Image | None = None,
 ) -> dict:
-    """The answer for one photo, whose `output` is its part of what `runtime.decode` returns.
+    """The answer for one image, of which the model made `output`: see `runtime.load`.
 
     Args:
-        preprocessor: that made the model's input of the photo; it holds the configuration.
-        size: (width, height) of the photo as it was sent.
-        photo: what an overlay is drawn on.
+        preprocessor: that made the model's input of the image; it holds the configuration.
+        size: (width, height) of the image as it was sent.
+        image: what an overlay is drawn on.
 
     Raises:
         Rejected: 400 where a picture is asked for and the task gives none.
-        ValueError: the model computed what is no number.
+        ValueError: the model's output is not a number.
     """
     config = preprocessor.config
     if config.task == "segmentation":
-        mask = output if request.size == "model" else preprocessor.to_photo_size(output, size)
-        return segmentation_answer(mask, config.classes, request.format, photo)
+        mask = output if request.size == "model" else preprocessor.to_image_size(output, size)
+        return segmentation_answer(mask, config.classes, request.format, image)
     if request.format != "json":
         raise bad_request(f"a model for {config.task} answers in JSON alone: leave out `format` and ask for no image")
     if not np.isfinite(output).all():
-        raise ValueError("the model computed what is no finite number")
+        raise ValueError("the model's output is not a finite number")
     if config.task == "classification":
         return classification_answer(output, config.classes, request.top)
     if config.task == "multi-label":
         return multilabel_answer(output, config.classes, config.threshold, request.top)
     if config.task == "points":
-        points = preprocessor.points_to_photo(output.reshape(-1, 2), size)
+        points = preprocessor.points_to_image(output.reshape(-1, 2), size)
         return {"points": [[round(float(x), 3), round(float(y), 3)] for x, y in points]}
     return {"values": [number(value) for value in output]}
 
@@ -97,18 +93,18 @@ def number(value: np.float32) -> float:
     return float(str(value))
 
 
-def segmentation_answer(mask: np.ndarray, classes: list[str], format: str, photo: Image.Image | None) -> dict:
-    """The answer for one photo: the mask (uint8, height × width) as bytes or as a picture, and what is in it.
+def segmentation_answer(mask: np.ndarray, classes: list[str], format: str, image: Image.Image | None) -> dict:
+    """The answer for one image: the mask (uint8, height × width) as bytes or as a picture, and what is in it.
 
-    `format` is json, png or overlay; only an overlay needs `photo`.
+    `format` is json, png or overlay; only an overlay needs `image`.
     """
     if format == "png":
         content = {"png": encode(mask_image(mask, classes), "PNG")}
     elif format == "overlay":
-        content = {"jpeg": encode(overlay(photo, mask, classes), "JPEG")}
+        content = {"jpeg": encode(overlay(image, mask, classes), "JPEG")}
     else:
         content = {"base64_prediction": mask.tobytes()}
-    return content | {"shape": list(mask.shape), "classes": shares(mask, classes)}
+    return content | {"shape": list(mask.shape), "classes": shares(mask, classes), "names": classes}
 
 
 def shares(mask: np.ndarray, classes: list[str]) -> dict[str, float]:
@@ -141,8 +137,8 @@ def mask_image(mask: np.ndarray, classes: list[str]) -> Image.Image:
     return image
 
 
-def overlay(photo: Image.Image, mask: np.ndarray, classes: list[str]) -> Image.Image:
-    """`photo`, brought to the size of `mask` (uint8, height × width), with the mask's colors half transparent on it.
+def overlay(image: Image.Image, mask: np.ndarray, classes: list[str]) -> Image.Image:
+    """`image`, brought to the size of `mask` (uint8, height × width), with the mask's colors half transparent on it.
 
     Raises:
         Rejected: 400 for a size that no JPEG can have.
@@ -150,8 +146,10 @@ def overlay(photo: Image.Image, mask: np.ndarray, classes: list[str]) -> Image.I
     size = mask.shape[::-1]
     if max(size) > MAX_JPEG_SIDE:
         raise bad_request("no JPEG can be as wide or high as this photo: ask for size=model or format=png")
-    photo = photo.convert("RGB") if photo.size == size else photo.convert("RGB").resize(size, Image.Resampling.BILINEAR)
-    return Image.blend(photo, mask_image(mask, classes).convert("RGB"), 0.5)
+    image = image.convert("RGB")
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.BILINEAR)
+    return Image.blend(image, mask_image(mask, classes).convert("RGB"), 0.5)
 
 
 def encode(image: Image.Image, format: str) -> bytes:

@@ -14,20 +14,15 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from .config import read_config
+from .config import Config, read_config
 
 HERE = Path(__file__).parent
-# That handler.py imports.
-MODULES = (
-    "answers.py",
-    "config.py",
-    "gpu_runtime.py",
-    "openvino_runtime.py",
-    "photos.py",
-    "protocol.py",
-    "reports.py",
-    "runtime.py",
-)
+# What handler.py imports, whatever computes; and by runtime.
+CODE = ("answers.py", "config.py", "photos.py", "protocol.py", "runtime/__init__.py", "runtime/queue.py")
+RUNTIME_CODE = {
+    "eager": ("model.py", "runtime/cuda.py", "runtime/pytorch.py"),
+    "openvino": ("runtime/openvino.py",),
+}
 MODEL_FILES = {"eager": (), "openvino": ("fastunet.bin", "fastunet.xml")}  # by runtime; eager has Config.model_file
 
 # Requests that a worker gets together, at most. PyTorch on a CPU computes them one by one, and what waits with one
@@ -39,31 +34,46 @@ class ArchiveError(Exception):
     """The archive cannot be made; the message says why, in one line."""
 
 
-def archiver_command(folder: Path | str, name: str = "fastunet", version: str = "1.0") -> list[str]:
-    """The command that packs what the export wrote into `folder` as `folder`/`name`.mar.
+def code_files(config: Config) -> list[str]:
+    """What an archive of `config` holds of this folder beside handler.py: code that can be imported where it serves."""
+    return sorted([*CODE, *RUNTIME_CODE[config.runtime]])
+
+
+def checked_config(folder: Path) -> Config:
+    """The configuration in `folder`, all of whose files are there.
 
     Raises:
-        ArchiveError: `folder` lacks a file that the archive needs, or its configuration is wrong.
+        ArchiveError: it is wrong, or a file is missing.
     """
-    folder = Path(folder)
     try:
         config = read_config(folder)
     except (OSError, ValueError) as error:
         raise ArchiveError(f"{error}: run `python -m deployment.export LEARNER.pkl --out {folder}` first") from None
     if config.runtime not in MODEL_FILES:
-        raise ArchiveError(
-            f"{folder / 'model-config.yaml'}: no runtime {config.runtime!r}: there are {', '.join(MODEL_FILES)}"
-        )
-    model_files = [folder / file for file in MODEL_FILES[config.runtime] or (config.model_file,)]
-    for path in model_files:
+        there = ", ".join(MODEL_FILES)
+        raise ArchiveError(f"{folder / 'model-config.yaml'}: no runtime {config.runtime!r}: there are {there}")
+    for path in model_files(config, folder):
         if not path.is_file():
             raise ArchiveError(f"no {path}, which the runtime {config.runtime} needs: export the learner again")
-    serialized, *extra = model_files
+    return config
+
+
+def model_files(config: Config, folder: Path) -> list[Path]:
+    """The files of the model in `folder`: first the one that TorchServe calls serialized."""
+    names = [*(MODEL_FILES[config.runtime] or (config.model_file,)), *(["open_image.py"] if config.opener else [])]
+    return [folder / name for name in names]
+
+
+def archiver_command(folder: Path, code: Path, name: str, version: str) -> list[str]:
+    """The command that packs what the export wrote into `folder`, and the files in `code`, as `folder`/`name`.mar.
+
+    torch-model-archiver takes what lies in a folder that it is given, folders included: so `runtime/` stays one.
+    """
+    serialized, *extra = model_files(read_config(folder), folder)
     return [
         "torch-model-archiver",
         *("--model-name", name, "--version", version, "--force"),
-        *("--handler", shown(HERE / "handler.py"), "--model-file", shown(HERE / "model.py")),
-        *("--extra-files", ",".join(shown(path) for path in [*(HERE / module for module in MODULES), *extra])),
+        *("--handler", shown(HERE / "handler.py"), "--extra-files", ",".join(map(shown, [code, *extra]))),
         *("--serialized-file", shown(serialized), "--config-file", shown(folder / "model-config.yaml")),
         *("--export-path", shown(folder)),
     ]
@@ -76,19 +86,28 @@ def shown(path: Path) -> str:
 
 
 def make_archive(folder: Path | str, name: str = "fastunet", version: str = "1.0") -> Path:
-    """Print and run `archiver_command`; return the archive, which appears whole or not at all.
+    """Pack what the export wrote into `folder`, and the code that serves it; return the archive.
+
+    It appears whole or not at all. The command that does it is printed.
 
     Raises:
         ArchiveError: a file is missing, or torch-model-archiver is, or it failed.
     """
-    command = archiver_command(folder, name, version)
-    print(shlex.join(command).replace(" --", " \\\n    --"), flush=True)
+    folder = Path(folder)
+    config = checked_config(folder)
     beside = Path(sys.executable).parent  # an environment's commands, also where it is not activated
-    program = shutil.which(command[0], path=beside) or shutil.which(command[0])
+    program = shutil.which("torch-model-archiver", path=beside) or shutil.which("torch-model-archiver")
     if not program:
         raise ArchiveError("torch-model-archiver is not installed: pip install torch-model-archiver")
-    target = Path(folder, f"{name}.mar")
+    target = folder / f"{name}.mar"
     with tempfile.TemporaryDirectory(dir=folder, prefix=".archive-") as scratch:
+        code = Path(scratch, "code")
+        for file in code_files(config):
+            (code / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(HERE / file, code / file)
+        command = archiver_command(folder, code, name, version)
+        print(f"CODE: {', '.join(code_files(config))}, of {shown(HERE)}")
+        print(shlex.join(command).replace(shown(code), "CODE").replace(" --", " \\\n    --"), flush=True)
         # The archiver works in $TMPDIR/NAME, whoever else does, and writes as it goes: both happen aside.
         command = [program, *command[1:-1], scratch]
         run = subprocess.run(command, env=os.environ | {"TMPDIR": scratch}, capture_output=True, text=True)
@@ -104,7 +123,7 @@ def set_batch_size(folder: Path | str, device: str) -> None:
     `device` is cpu or cuda.
 
     Raises:
-        ArchiveError: there is no such file, it has no such setting, or is wrong.
+        ArchiveError: there is no such file, it has no such setting, or it cannot be read.
     """
     path = Path(folder, "model-config.yaml")
     try:
@@ -141,14 +160,15 @@ def runtime_of(archive: Path) -> str:
     """The runtime that `archive` was made for, by the files in it: one of MODEL_FILES.
 
     Raises:
-        zipfile.BadZipFile: it is no archive.
+        zipfile.BadZipFile: it is not an archive.
     """
     with zipfile.ZipFile(archive) as file:
         return "openvino" if {*MODEL_FILES["openvino"]} <= {*file.namelist()} else "eager"
 
 
 def fetch(uri: str, name: str | None = None) -> Path:
-    """A new folder with the archives that lie in `uri`, a Cloud Storage folder `gs://BUCKET/FOLDER`.
+    """A new folder with the archives that lie in `uri`, a Cloud Storage folder `gs://BUCKET/FOLDER`; subfolders are
+    left out.
 
     Raises:
         FileNotFoundError: there is none; other errors are google-cloud-storage's own.
@@ -157,9 +177,10 @@ def fetch(uri: str, name: str | None = None) -> Path:
 
     folder = Path(tempfile.mkdtemp(prefix="model-store-"))
     bucket, _, prefix = uri.removeprefix("gs://").rstrip("/").partition("/")
-    for blob in storage.Client().list_blobs(bucket, prefix=f"{prefix}/" if prefix else None):
-        if blob.name.endswith(".mar") and (name is None or blob.name.endswith(f"/{name}.mar")):
-            blob.download_to_filename(folder / Path(blob.name).name)
+    for blob in storage.Client().list_blobs(bucket, prefix=f"{prefix}/" if prefix else None, delimiter="/"):
+        file = blob.name.rpartition("/")[2]
+        if file.endswith(".mar") and name in (None, file.removesuffix(".mar")):
+            blob.download_to_filename(folder / file)
     if not any(folder.iterdir()):
         raise FileNotFoundError(f"no archive {name or '*'}.mar in {uri}")
     return folder

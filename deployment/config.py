@@ -12,19 +12,26 @@ TASKS = ("segmentation", "classification", "multi-label", "regression", "points"
 class Config:
     """A served model. `deployment.export` reads it off the learner and writes it; nobody has to type it."""
 
-    # the network: the arguments of DynamicUnetDIY, or of the program fastunet.pt2 its channels and its size
+    # the network: the arguments of DynamicUnetDIY, or of the program fastunet.pt2 its outputs and its size
     arch: str | None  # name of a torchvision model, whose body is the encoder; None: the network is a program
     n_classes: int  # channels of the logits
-    img_size: tuple[int, int]  # (height, width) that the network was built for
+    img_size: tuple[int, int]  # (height, width) of what the network was built for
     options: dict = field(default_factory=dict)  # all other arguments that differ from their defaults
+    sides: list | None = None  # least and greatest height and width of images of their own size; None: no limits
 
-    # from a photo to a tensor: see photos.Preprocessor
-    resize: dict | None = None  # the item transforms; None: photos keep their own size
-    affine: list[dict] = field(default_factory=list)  # the batch transforms that sample a photo anew
+    # from a file to pixels: see photos.Preprocessor
+    channels: int = 3  # of an image as it is opened: 3 for RGB, 1 for gray
+    dtype: str = "uint8"  # of its pixels
+    opener: bool = False  # the learner's own opening, in open_image.py
+    resize: dict | None = None  # the item transforms; None: images keep their own size
+
+    # from pixels to what the network takes, as part of the served model: see runtime.pytorch.ServedModel
+    affine: list[dict] = field(default_factory=list)  # the batch transforms that resample an image
+    divisor: float = 255.0  # of the pixels; 1: they are taken as they are
     mean: list[float] | None = None  # Normalize, one value per channel; None: the learner does not normalize
     std: list[float] | None = None
 
-    # from logits to an answer: see runtime.decode and answers.make_answer
+    # from logits to an answer: see runtime.pytorch.decode and answers.make_answer
     task: str = "segmentation"  # or one of the other TASKS
     activation: str | None = "softmax"  # of the loss function
     threshold: float | None = None  # None: the class of the highest value; a number: each class whose value is above it
@@ -33,14 +40,19 @@ class Config:
     # serving
     runtime: str = "eager"  # what computes: see runtime.PRECISIONS
     precision: str = "fp32"
-    max_pixels: int | None = None  # of the photos of one request; None: 50 million, or 4 million at their own size
+    max_pixels: int | None = None  # of the images of one request; None: 50 million, or 4 million at their own size
     accuracy: dict | None = None  # what the export measured when it converted the model
     exported_with: dict = field(default_factory=dict)  # versions of python, torch and fastai
 
+    def takes_size(self, size: tuple[int, int]) -> bool:
+        """Whether the network takes an image of `size` (width, height): see `sides`."""
+        limits = zip(size[::-1], self.sides or [], strict=False)
+        return all((low or 0) <= side and (high is None or side <= high) for side, (low, high) in limits)
+
     @property
-    def n_in(self) -> int:
-        """Channels of a photo: 3 for RGB, 1 for gray."""
-        return self.options.get("n_in", 3)
+    def pixels_size(self) -> tuple[int, int] | None:
+        """(height, width) of an image as the item transforms leave it; None: images keep their own size."""
+        return (self.resize or {}).get("crop") or (self.resize or {}).get("size")
 
     @property
     def model_file(self) -> str:
@@ -48,8 +60,8 @@ class Config:
         return "fastunet.pth" if self.arch else "fastunet.pt2"
 
     @property
-    def keeps_photo_size(self) -> bool:
-        """Whether the network sees every photo at the photo's own size."""
+    def keeps_image_size(self) -> bool:
+        """Whether the network sees every image at the image's own size."""
         return not self.resize and not any(options["size"] for options in self.affine)
 
 
@@ -58,13 +70,13 @@ def read_config(folder: Path | str) -> Config:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no YAML, has no section `handler`, or a setting there is missing or unknown.
+        ValueError: it is not YAML, has no section `handler`, or a setting there is missing or unknown.
     """
     path = Path(folder, "model-config.yaml")
     try:
         content = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     section = content.get("handler") if isinstance(content, dict) else None
     if not isinstance(section, dict):
         raise ValueError(f"{path} has no section `handler`: write it with `python -m deployment.export`")

@@ -1,67 +1,97 @@
-"""From a photo's bytes to the tensor that the model takes, as fastai does it at validation time, and back.
+"""From a file's bytes to pixels, as the learner's item transforms leave them, and back to the image's own size.
 
 `Preprocessor` is the one implementation: the handler, the proof of the export, the conversion, the benchmark and the
-notebooks all call it.
+notebooks all call it. NumPy and Pillow alone: what happens to the pixels after that is part of the served model.
 """
 
+import contextlib
+import importlib.util
 import io
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image
-from torchvision.transforms import functional as tvf
 
-if __package__:
-    from .config import Config
-    from .protocol import bad_image, too_large
-else:  # in the archive, where the files lie side by side
-    from config import Config
-    from protocol import bad_image, too_large
+from .config import Config
+from .protocol import bad_image, bad_request, too_large
 
 # The decoders that a request can reach. Pillow has many more, and some of them start other programs (EPS).
-PHOTO_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+MODES = {1: "L", 3: "RGB"}  # as fastai opens an image, by its channels
+Image.MAX_IMAGE_PIXELS = None  # `max_pixels` is the limit here, and each image's header is held against it
 
 
 class Preprocessor:
-    """The learner's way from a photo to a tensor: `to_tensor(resize(open(data)))`, and back from a mask to the photo.
+    """The learner's way from a file to pixels, `to_pixels(resize(open(data)))`, and from a mask back to the image.
 
-    `max_pixels` bounds the photos of one request. The network holds about 2 kB for each pixel that it sees; without a
-    resize it sees all of the photo's.
+    Args:
+        folder: what the export wrote, where the learner opens images itself: it holds `open_image.py`.
+
+    `max_pixels` bounds the images of one request. The network holds about 2 kB for each pixel that it sees; without a
+    resize it sees all of the image's.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, folder: Path | str | None = None):
         self.config = config
-        self.max_pixels = config.max_pixels or (4_000_000 if config.keeps_photo_size else 50_000_000)
-        self.mean, self.std = (values and torch.tensor(values)[:, None, None] for values in (config.mean, config.std))
+        self.max_pixels = config.max_pixels or (4_000_000 if config.keeps_image_size else 50_000_000)
+        self.open_image = load_opener(Path(folder, "open_image.py")) if config.opener else None
 
-    def __call__(self, data: bytes) -> torch.Tensor:
-        """The photo in `data` as float32 (channels, height, width)."""
-        return self.to_tensor(self.resize(self.open(data)))
+    def __call__(self, data: bytes) -> np.ndarray:
+        """The image in `data` as pixels: (height, width, channels) of the configuration's dtype."""
+        return self.to_pixels(self.resize(self.open(data)))
 
-    def open(self, data: bytes) -> Image.Image:
-        """The photo in `data` as fastai's `PILImage.create` opens it: mode RGB, or L for one channel; no EXIF rotation.
+    def open(self, data: bytes) -> Image.Image | np.ndarray:
+        """The image in `data` as the learner opens it.
+
+        Without an opener of its own that is fastai's `PILImage.create`: mode RGB, or L for one channel, not turned by
+        its EXIF orientation.
 
         Raises:
-            Rejected: as `identify` and `decode`.
+            Rejected: 400 for what cannot be opened, 413 for an image above `max_pixels`.
         """
-        return self.decode(self.identify(data))
+        return self.open_own(data) if self.open_image else self.decode(self.identify(data))
 
-    def identify(self, data: bytes) -> Image.Image:
-        """The photo in `data` by its header alone: its size is known, its pixels are not decoded yet.
+    def open_own(self, data: bytes) -> Image.Image | np.ndarray:
+        """The image in `data` as the reader's `open_image` returns it.
 
         Raises:
-            Rejected: 400 when it is none of PHOTO_FORMATS, 413 above `max_pixels`.
+            Rejected: 400 where it raises ValueError or OSError, as Pillow does; 413 above `max_pixels`.
+            TypeError: it returns something else than an image as the learner has them.
         """
         try:
-            image = Image.open(io.BytesIO(data), formats=PHOTO_FORMATS)
-        except Image.DecompressionBombError:
-            raise too_large(f"more than {self.max_pixels} pixels") from None
-        except Exception:  # decoders raise all kinds of errors on broken files
-            raise bad_image(f"not an image of a known format: send {', '.join(PHOTO_FORMATS)}") from None
-        if image.width * image.height > self.max_pixels:
-            raise too_large(f"more than {self.max_pixels} pixels")
+            image = self.open_image(data)
+        except (ValueError, OSError) as error:
+            refusal = bad_image("open_image takes no such file")
+            refusal.__cause__ = error
+            raise refusal from error
+        config, pixels = self.config, to_array(image)
+        if pixels.ndim != 3 or pixels.shape[2] != config.channels or pixels.dtype != config.dtype:
+            wanted = f"{config.channels} channels of {config.dtype}"
+            raise TypeError(f"open_image returned {pixels.shape} of {pixels.dtype}, and the learner has {wanted}")
+        self.check_size(size_of(image))
         return image
+
+    def identify(self, data: bytes) -> Image.Image:
+        """The image in `data` by its header alone: its size is known, its pixels are not decoded yet.
+
+        Raises:
+            Rejected: 400 when it is none of FORMATS, 413 above `max_pixels`.
+        """
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except Exception:  # decoders raise all kinds of errors on broken files
+            raise bad_image(f"not an image of a known format: send {', '.join(FORMATS)}") from None
+        self.check_size(image.size)
+        return image
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raises Rejected for an image of `size` (width, height): 413 above `max_pixels`, 400 if the model takes none."""
+        if size[0] * size[1] > self.max_pixels:
+            raise too_large(f"more than {self.max_pixels} pixels")
+        if not self.config.takes_size(size):
+            raise bad_request("the model takes no photo of this size")
 
     def decode(self, image: Image.Image) -> Image.Image:
         """The pixels of what `identify` returned.
@@ -70,19 +100,21 @@ class Preprocessor:
             Rejected: 400 when they are damaged or cut short.
         """
         try:
-            return image.convert({1: "L", 3: "RGB"}[self.config.n_in])
+            image.load()
         except MemoryError:
             raise
-        except Exception:
+        except Exception:  # of Pillow's decoders alone: a fault in the code around them is not the image's
             raise bad_image("the photo is damaged or cut short") from None
+        mode = MODES[self.config.channels]
+        return image if image.mode == mode else image.convert(mode)
 
     def counted_pixels(self, size: tuple[int, int]) -> int:
-        """What a photo of `size` counts for: its pixels, or the model's where these are more."""
-        h, w = (1, 1) if self.config.keeps_photo_size else self.config.img_size
+        """What an image of `size` (width, height) counts for: its pixels, or the model's where these are more."""
+        h, w = (1, 1) if self.config.keeps_image_size else self.config.img_size
         return max(size[0] * size[1], h * w)
 
-    def resize(self, image: Image.Image, resample: str | None = None) -> Image.Image:
-        """`image` as the learner's item transforms leave it at validation time.
+    def resize(self, image: Image.Image | np.ndarray, resample: str | None = None) -> Image.Image | np.ndarray:
+        """`image` as the learner's item transforms leave it at validation time; they leave arrays as they are.
 
         The configuration's `resize` has the arguments of fastai's `Resize`: `size` as (height, width), `method`,
         `pad_mode`, `resample`; and `crop`, (height, width) that is then cut out of the middle or padded to with
@@ -92,12 +124,15 @@ class Preprocessor:
             resample: instead of the configuration's: "nearest" for labels.
 
         Raises:
-            Rejected: 400 for a photo so narrow that nothing of it is left.
+            Rejected: 400 for an image so narrow that nothing of it is left.
         """
         options = self.config.resize or {}
+        if not options or isinstance(image, np.ndarray):
+            return image
         if size := options.get("size"):
             h, w = size
-            if (method := options.get("method", "squish")) != "squish":  # cut or pad to the aspect ratio of `size`
+            method = options.get("method", "squish")
+            if method != "squish":  # cut or pad to the aspect ratio of `size`
                 box_h, box_w = resized_box(image.size[::-1], size, method)
                 if not box_h or not box_w:
                     raise bad_image("the photo is too narrow for the model")
@@ -111,82 +146,202 @@ class Preprocessor:
             image = crop_pad(image, left, top, w, h, options.get("crop_pad_mode", "zeros"))
         return image
 
-    def to_tensor(self, image: Image.Image) -> torch.Tensor:
-        """`image` as float32 (channels, height, width), as the batch transforms leave it at validation time."""
-        x = torch.from_numpy(np.array(image))
-        x = (x.permute(2, 0, 1) if x.ndim == 3 else x[None]).contiguous().float().div_(255.0)
-        for options in self.config.affine:
-            x = resample_affine(x, **options)
-        if self.mean is not None:
-            x = x.sub_(self.mean).div_(self.std)
-        return x.contiguous()
+    def to_pixels(self, image: Image.Image | np.ndarray) -> np.ndarray:
+        """`image` as an array (height, width, channels) of its own dtype."""
+        return to_array(image)
 
-    def label(self, image: Image.Image) -> torch.Tensor:
-        """A label (mode L, pixel value = class) where its photo's pixels are: uint8 (height, width)."""
-        label = torch.from_numpy(np.array(self.resize(image, resample="nearest"), np.uint8))[None]
-        for options in self.config.affine:
-            label = resample_affine(label.float(), **options | {"mode": "nearest"}).to(torch.uint8)
-        return label[0]
+    def to_image_size(self, mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """`mask` (height × width), predicted on an image of `size` (width, height), at that size.
 
-    def to_photo_size(self, mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        """`mask` (height × width), predicted on a photo of `size` (width, height), at that size.
-
-        Each pixel takes the class of the nearest pixel of the mask. Where the model saw only the middle of the photo,
-        the rest continues the mask's edge.
+        Each pixel takes the class of the sample of the mask that lies nearest. Where the model saw only the middle of
+        the image, the rest continues the mask's edge.
         """
-        sides = zip(*self.geometry(size), mask.shape, strict=True)
-        rows, columns = (nearest(*side) for side in sides)
+        rows, columns = (nearest_samples(self.config, size[::-1], axis, mask.shape[axis]) for axis in (0, 1))
         return mask[rows][:, columns]
 
-    def points_to_photo(self, points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        """Points that the model sees, in pixels of the photo of `size` (width, height).
+    def points_to_image(self, points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """Points that the model sees, in pixels of the image of `size` (width, height).
 
         Args:
             points: (n, 2) float, x and y, from -1 at the left and the top of the model's input to 1 at its other end:
-                fastai's `PointScaler`. Augmentations that sample the photo anew leave them as they are.
+                fastai's `PointScaler`. Augmentations that resample the image leave them as they are.
 
         Returns:
-            (n, 2) float64; 0 is the outer edge of the first pixel. Points may lie outside the photo.
+            (n, 2) float64; 0 is the outer edge of the first pixel. Points may lie outside the image.
         """
-        x_and_y = zip(np.asarray(points, np.float64).T, *(side[::-1] for side in self.geometry(size)), strict=True)
-        columns = []
-        for values, n, box, resized, start, seen in x_and_y:
-            pixels = (values + 1) * seen / 2 + start  # of the photo as it was resized
-            columns.append(pixels * box / resized + int(0.5 * (n - box)))
+        frames, columns = Frames(self.config, size[::-1]), []
+        for axis, values in ((1, points[:, 0]), (0, points[:, 1])):
+            seen, start = frames.seen[axis], frames.start[axis]
+            resized = (np.asarray(values, np.float64) + 1) * seen / 2 + start
+            columns.append(frames.to_image(resized, axis))
         return np.stack(columns, axis=1)
 
-    def geometry(self, size: tuple[int, int]) -> list[tuple[int, int]]:
-        """What the model sees of a photo of `size` (width, height), as five pairs of (height, width).
 
-        They are: the photo, its part in the middle that is resized, to what, and of that the upper left corner and the
-        size of what the model sees, which reaches beyond it where it is padded.
-        """
-        options = self.config.resize or {}
-        photo = box = resized = size[::-1]
+class Frames:
+    """What the model sees of an image of `size`; all sizes are (height, width) in pixels.
+
+    The `box` in the middle of the image is resized to `resized`. Of that the model sees `seen`, from the corner `start`
+    on, which reaches beyond it where it is padded.
+    """
+
+    def __init__(self, config: Config, size: tuple[int, int]):
+        options = config.resize or {}
+        self.image = self.box = self.resized = size
         if options.get("size"):
-            resized = tuple(options["size"])
-            if (method := options.get("method", "squish")) != "squish":
-                box = tuple(max(side, 1) for side in resized_box(photo, resized, method))
-        seen = tuple(options.get("crop") or resized)
-        start = tuple((whole - part) // 2 for whole, part in zip(resized, seen, strict=True))
-        for step in self.config.affine:
+            self.resized = tuple(options["size"])
+            method = options.get("method", "squish")
+            if method != "squish":
+                self.box = tuple(max(side, 1) for side in resized_box(size, self.resized, method))
+        self.seen = tuple(options.get("crop") or self.resized)
+        self.start = tuple((whole - part) // 2 for whole, part in zip(self.resized, self.seen, strict=True))
+        for step in config.affine:
             if "ratio" in step:
-                part = middle_of_ratio(seen, step["ratio"], step["scale"])
-                start = tuple(x + (whole - side) // 2 for x, whole, side in zip(start, seen, part, strict=True))
-                seen = part
-        return [photo, box, resized, start, seen]
+                part = middle_of_ratio(self.seen, step["ratio"], step["scale"])
+                corner = ((whole - side) // 2 for whole, side in zip(self.seen, part, strict=True))
+                self.start = tuple(x + offset for x, offset in zip(self.start, corner, strict=True))
+                self.seen = part
+
+    def to_image(self, positions: np.ndarray, axis: int) -> np.ndarray:
+        """`positions` along `axis` of the resized image, in pixels of the image."""
+        left = int(0.5 * (self.image[axis] - self.box[axis]))
+        return positions * self.box[axis] / self.resized[axis] + left
 
 
-def resized_box(photo: tuple[int, int], size: tuple[int, int], method: str) -> tuple[int, int]:
-    """The box of the aspect ratio of `size` around (method pad) or inside (crop) `photo`; all are (height, width)."""
-    by_height, by_width = photo[0] / size[0], photo[1] / size[1]
+def nearest_samples(config: Config, size: tuple[int, int], axis: int, cells: int) -> np.ndarray:
+    """For each pixel along `axis` of an image of `size` (height, width), the index of the nearest of a mask's `cells`.
+
+    Where the model sees the image as Pillow resized it, that rounds as Pillow's own nearest neighbor does.
+    """
+    frames = Frames(config, size)
+    steps = [step for step in config.affine if step["size"] is not None]
+    if any(step["align_corners"] for step in steps):
+        centers = frames.to_image(sample_positions(config, size, axis), axis)
+        borders = (centers[1:] + centers[:-1]) / 2
+        return np.searchsorted(borders, np.arange(size[axis]) + 0.5, side="right")
+    n, box, resized = frames.image[axis], frames.box[axis], frames.resized[axis]
+    step = resized / box
+    first = (0.5 - int(0.5 * (n - box))) * step - frames.start[axis]
+    positions = np.cumsum(np.r_[first, np.full(n - 1, step)] * (cells / frames.seen[axis]))
+    return positions.astype(int).clip(0, cells - 1)
+
+
+def sample_positions(config: Config, size: tuple[int, int], axis: int) -> np.ndarray:
+    """Where the model's samples along `axis` lie in the resized image, in its pixels: the middle of the first is 0.5.
+
+    `size` is the image's, (height, width). fastai resamples with `align_corners=True`: the first and the last sample
+    are the first and the last pixel, of the image or, where it is much larger, of its means over areas.
+    """
+    options = config.resize or {}
+    shape = tuple(options.get("crop") or options.get("size") or size)
+    positions = np.arange(shape[axis]) + 0.5
+    resized = tuple(options.get("size") or size)
+    positions = positions + (resized[axis] - shape[axis]) // 2
+    for step in config.affine:
+        if "ratio" in step:
+            part = middle_of_ratio(shape, step["ratio"], step["scale"])
+            corner = (shape[axis] - part[axis]) // 2
+            positions, shape = positions[corner : corner + part[axis]], part
+        out = tuple(step["size"] or shape)
+        shrink = shrink_factor(shape, out) if step["mode"] == "bilinear" else 1.0
+        n = shape[axis]
+        means = int(n / shrink) if shrink > 1 else n
+        centers = (np.arange(means) + 0.5) * n / means - 0.5  # of the areas, as indices of what came in
+        if not step["align_corners"]:
+            indices = (np.arange(out[axis]) + 0.5) * means / out[axis] - 0.5
+        else:
+            indices = np.linspace(0, means - 1, out[axis]) if out[axis] > 1 else np.zeros(1)
+        indices = np.interp(indices, np.arange(means), centers)
+        positions, shape = np.interp(indices, np.arange(n), positions), out
+    return positions
+
+
+def shrink_factor(shape: tuple[int, int], out: tuple[int, int]) -> float:
+    """By how much fastai shrinks an image of `shape` (height, width) by area before it samples it at `out`.
+
+    It looks at the last two dimensions of the sampling grid, (N, height, width, 2): at the width, and at 2. See
+    `_grid_sample` in fastai.vision.augment.
+    """
+    return min(shape[0] / out[1], shape[1] / 2) / 2
+
+
+class PixelBudget:
+    """Bounds the pixels that all requests of this process decode at one time: who does not fit waits.
+
+    Args:
+        limit: in pixels. An image that has more on its own waits until no other is decoded.
+    """
+
+    def __init__(self, limit: int):
+        self.limit, self.used, self.changed = limit, 0, threading.Condition()
+
+    @contextlib.contextmanager
+    def hold(self, pixels: int) -> Iterator[None]:
+        pixels = min(pixels, self.limit)
+        with self.changed:
+            self.changed.wait_for(lambda: self.used + pixels <= self.limit)
+            self.used += pixels
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.used -= pixels
+                self.changed.notify_all()
+
+
+def load_opener(path: Path) -> Callable[[bytes], Image.Image | np.ndarray]:
+    """The function `open_image` in the file at `path`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it has no such function, or fails when it is imported.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    spec = importlib.util.spec_from_file_location("open_image", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # of the reader's code: any
+        raise ValueError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
+    if not callable(getattr(module, "open_image", None)):
+        raise ValueError(f"{path} has no function open_image(data: bytes)")
+    return module.open_image
+
+
+def to_array(image: Image.Image | np.ndarray) -> np.ndarray:
+    """`image` as (height, width, channels)."""
+    pixels = np.asarray(image)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def size_of(image: Image.Image | np.ndarray) -> tuple[int, int]:
+    """(width, height) of `image`."""
+    return image.shape[1::-1] if isinstance(image, np.ndarray) else image.size
+
+
+def viewable(image: Image.Image | np.ndarray) -> Image.Image:
+    """`image` as 8-bit RGB to look at: its first three channels, or its first, stretched to 0..255 unless it has them.
+    """
+    if isinstance(image, Image.Image) and image.mode in ("RGB", "L", "P", "RGBA", "1"):
+        return image.convert("RGB")
+    pixels = to_array(image)
+    pixels = pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., :1].repeat(3, axis=2)
+    if pixels.dtype != np.uint8:
+        low, high = float(pixels.min()), float(pixels.max())
+        pixels = (255 * (pixels - low) / max(high - low, 1e-9)).astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def resized_box(image: tuple[int, int], size: tuple[int, int], method: str) -> tuple[int, int]:
+    """The box of the aspect ratio of `size` around (method pad) or inside (crop) `image`; all are (height, width)."""
+    by_height, by_width = image[0] / size[0], image[1] / size[1]
     scale = max(by_height, by_width) if method == "pad" else min(by_height, by_width)
     return int(scale * size[0]), int(scale * size[1])
 
 
-def middle_of_ratio(photo: tuple[int, int], ratio: tuple[float, float], scale: float) -> tuple[int, int]:
-    """(height, width) of the middle of `photo`, of a width of ratio[0] to ratio[1] times the height, times `scale`."""
-    h, w = photo
+def middle_of_ratio(image: tuple[int, int], ratio: tuple[float, float], scale: float) -> tuple[int, int]:
+    """(height, width) of the middle of `image`, of a width of ratio[0] to ratio[1] times the height, times `scale`."""
+    h, w = image
     if w / h < ratio[0]:
         h = int(w / ratio[0])
     elif w / h > ratio[1]:
@@ -197,52 +352,11 @@ def middle_of_ratio(photo: tuple[int, int], ratio: tuple[float, float], scale: f
 def crop_pad(image: Image.Image, left: int, top: int, width: int, height: int, pad_mode: str) -> Image.Image:
     """The part of `image` that begins at (`left`, `top`), padded where it reaches beyond the image."""
     right, bottom = left + width, top + height
-    padding = max(-left, 0), max(-top, 0), max(right - image.width, 0), max(bottom - image.height, 0)
+    before, after = (max(-top, 0), max(-left, 0)), (max(bottom - image.height, 0), max(right - image.width, 0))
     image = image.crop((max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height)))
+    if not any(before + after):
+        return image
     mode = {"zeros": "constant", "border": "edge", "reflection": "reflect"}[pad_mode]
-    return tvf.pad(image, padding, padding_mode=mode) if any(padding) else image
-
-
-def resample_affine(
-    x: torch.Tensor,
-    size: tuple[int, int] | None = None,
-    mode: str = "bilinear",
-    pad_mode: str = "reflection",
-    align_corners: bool | None = True,
-    ratio: tuple[float, float] | None = None,
-    scale: float = 1.0,
-) -> torch.Tensor:
-    """`x` (channels, height, width) as fastai's affine augmentations leave it at validation time.
-
-    They do not turn or zoom it then, but still sample it anew, at `size` (height, width) where that is given: see
-    `AffineCoordTfm`, `affine_coord` and `_grid_sample` in fastai.vision.augment, whose arithmetic this is. With `ratio`
-    and `scale` the middle is cut out first, as `RandomResizedCropGPU` does it.
-
-    Raises:
-        Rejected: 400 for a photo of which nothing is left.
-    """
-    x = x[None]
-    if ratio:
-        h, w = middle_of_ratio(x.shape[-2:], ratio, scale)
-        if not h or not w:
-            raise bad_image("the photo is too narrow for the model")
-        top, left = (x.shape[-2] - h) // 2, (x.shape[-1] - w) // 2
-        x = x[..., top : top + h, left : left + w]
-    grid = F.affine_grid(torch.eye(2, 3)[None], [*x.shape[:2], *(size or x.shape[-2:])], align_corners=align_corners)
-    if mode == "bilinear":
-        zoom = 1 / (grid.max() - grid.min()).item() * 2
-        shrink = min(x.shape[-2] / grid.shape[-2], x.shape[-1] / grid.shape[-1]) / 2
-        if shrink > 1 and shrink > zoom:
-            x = F.interpolate(x, scale_factor=1 / shrink, mode="area", recompute_scale_factor=True)
-    return F.grid_sample(x, grid, mode=mode, padding_mode=pad_mode, align_corners=align_corners)[0]
-
-
-def nearest(n: int, box: int, resized: int, start: int, seen: int, cells: int) -> np.ndarray:
-    """For each of the `n` pixels along one side of a photo, the index of the nearest of the mask's `cells`.
-
-    Of the `n`, the `box` in the middle were resized to `resized`, of which the `seen` from `start` on make the cells.
-    """
-    step = resized / box
-    first = (0.5 - int(0.5 * (n - box))) * step - start
-    positions = np.cumsum(np.r_[first, np.full(n - 1, step)] * (cells / seen))  # summed up: it rounds as Pillow does
-    return positions.astype(int).clip(0, cells - 1)
+    pixels = np.asarray(image)
+    sides = [*zip(before, after, strict=True), (0, 0)][: pixels.ndim]
+    return Image.fromarray(np.pad(pixels, sides, mode=mode))

@@ -2,8 +2,8 @@
 
 | request | |
 |---|---|
-| a photo as the body | |
-| multipart form | the photo in the field `data`, options in `format`, `size` and `top` |
+| an image as the body | |
+| multipart form | the image in the field `data`, options in `format`, `size` and `top` |
 | JSON | `{"instances": [{"b64": …} or {"data": {"b64": …}}, …], "parameters": {…}}`, as AI Platform sends it |
 """
 
@@ -16,11 +16,11 @@ from http import HTTPStatus
 
 MEDIA_TYPES = {"json": "application/json", "png": "image/png", "overlay": "image/jpeg"}  # by format of the answer
 SIZES = ("model", "original")
-MAX_INSTANCES = 64  # photos in one JSON request
+MAX_INSTANCES = 64  # images in one JSON request
 
 
 class Rejected(Exception):
-    """Why a request, or one photo of it, gets an error for an answer. `message` never repeats what was sent."""
+    """Why a request, or one image of it, gets an error for an answer. `message` never repeats what was sent."""
 
     def __init__(self, status: HTTPStatus, type: str, message: str, cause: Exception | None = None):
         super().__init__(message)
@@ -60,11 +60,16 @@ def out_of_memory(error: Exception) -> bool:
     )
 
 
+def reasons(errors: list[Rejected]) -> str:
+    """What is wrong with a request, for the log: each kind of error once."""
+    return ", ".join(sorted({f"{error.type}: {error.message}" for error in errors}))
+
+
 @dataclass(frozen=True)
 class Request:
     """What one request asks for."""
 
-    instances: list  # one per photo: bytes, or, of a JSON request, what `read_instance` makes bytes of
+    instances: list  # one per image: bytes, or, of a JSON request, what `read_instance` makes bytes of
     format: str = "json"  # of the answer: one of MEDIA_TYPES
     size: str = "model"  # of the mask: one of SIZES
     top: int | None = None  # so many probabilities, the highest; None: all
@@ -138,7 +143,7 @@ def read_options(fields: dict, accept: str = "") -> tuple[str, str, int | None]:
 
 
 def read_instance(instance) -> bytes:
-    """The bytes of the photo in one of `Request.instances`.
+    """The bytes of the image in one of `Request.instances`.
 
     Raises:
         Rejected: 400 when it is not `{"b64": …}` or `{"data": {"b64": …}}`, or not base64.
@@ -156,9 +161,9 @@ def read_instance(instance) -> bytes:
 
 
 def respond(request: Request, answers: list[dict | Rejected]) -> Response:
-    """The response to `request`: one answer per photo, in which bytes (a mask, a picture) become base64 in JSON.
+    """The response to `request`: one answer per image, in which bytes (a mask, a picture) become base64 in JSON.
 
-    It is an error when no photo could be answered: the server's own where there is one among them, else the first.
+    It is an error when no image could be answered: the server's own where there is one among them, else the first.
     """
     errors = [answer for answer in answers if isinstance(answer, Rejected)]
     status, worst = HTTPStatus.OK, None

@@ -11,18 +11,45 @@ import logging
 import os
 import sys
 import tempfile
+import threading
 from modulefinder import ModuleFinder
 from pathlib import Path
 
 import nbformat
 import papermill
 from IPython.core.inputtransformer2 import TransformerManager
+from jupyter_client import AsyncKernelClient, AsyncKernelManager
 from papermill.exceptions import PapermillExecutionError
+from traitlets import Type
 
 import progress
 
 HERE = Path(__file__).parent
 BAR = "{desc}{bar:30} {n_fmt}/{total_fmt} cells, {elapsed}"
+
+
+class Client(AsyncKernelClient):
+    """A client of a kernel that closes in seconds, so that a run ends after its last cell.
+
+    jupyter_client's own listens to the kernel's heartbeat in a thread, and waits for this thread to end. That may
+    take for ever, as the thread may read from a socket that another one has closed. nbclient sees by the process
+    whether the kernel lives, and needs no heartbeat.
+    """
+
+    def start_channels(self, **channels: bool) -> None:
+        super().start_channels(**channels | {"hb": False})
+
+    def stop_channels(self) -> None:
+        """Close the channels, for five seconds at most: the kernel has ended by now, and nothing waits for them."""
+        closing = threading.Thread(target=super().stop_channels, daemon=True)
+        closing.start()
+        closing.join(5)
+
+
+class Manager(AsyncKernelManager):
+    """jupyter_client's own, with `Client`."""
+
+    client_factory = Type(Client, klass=AsyncKernelClient)
 
 
 def run(notebook: Path, output: Path, parameters: dict[str, str]) -> nbformat.NotebookNode:
@@ -42,6 +69,7 @@ def run(notebook: Path, output: Path, parameters: dict[str, str]) -> nbformat.No
             parameters={name: value for name, value in parameters.items() if name in takes},
             cwd=HERE,
             kernel_name="python3",
+            kernel_manager_class=Manager,
             extra_arguments=arguments,
             progress_bar={"desc": f"{notebook.stem}: ", "bar_format": BAR},
         )

@@ -5,8 +5,10 @@ import functools
 import io
 import os
 import shutil
+import struct
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,9 +26,11 @@ from deployment.export import export_learner, write_config
 from deployment.export.convert import convert
 from deployment.model import DynamicUnetDIY
 from deployment.photos import Preprocessor
-from deployment.processes import cores, free_ports, started
-from deployment.runtime import eager
-from deployment.serve import is_healthy, model_status, torchserve, workers_and_threads
+from deployment.runtime import cores
+from deployment.runtime.pytorch import eager
+from deployment.serve import is_healthy
+from deployment.server.processes import free_ports, started
+from deployment.server.torchserve import model_status, torchserve, workers_and_threads
 
 ROOT = Path(__file__).parents[1]
 LONGEST = ("test_readme.py", "test_notebooks.py", "test_ai_platform.py", "test_benchmark.py")
@@ -63,6 +67,18 @@ def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()
+
+
+@functools.cache
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of `width` × `height` black pixels, a bit each; packed by the row, since Pillow takes a byte for each."""
+    packer, row = zlib.compressobj(), bytes(1 + (width + 7) // 8)
+    pixels = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    file = b"\x89PNG\r\n\x1a\n"
+    for kind, data in (b"IHDR", header), (b"IDAT", pixels), (b"IEND", b""):
+        file += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return file
 
 
 @pytest.fixture(scope="session")
@@ -190,8 +206,8 @@ def computing(kind, ports, server):
 
 @contextlib.contextmanager
 def uvicorn(model_store: Path, folder: Path, **ports: int) -> Iterator[str]:
-    """`python -m deployment.app`; yields its URL once it answers."""
-    command = [sys.executable, "-m", "deployment.app", "--model-store", str(model_store)]
+    """`python -m deployment.serve --server uvicorn`; yields its URL once it answers."""
+    command = [sys.executable, "-m", "deployment.serve", "--server=uvicorn", "--model-store", str(model_store)]
     command += [f"--{name.replace('_', '-')}={port}" for name, port in ports.items()]
     env, log = os.environ | {"PYTHONPATH": str(ROOT)}, folder / "uvicorn.log"
     with log.open("wb") as output, started(command, env, cwd=folder, stdout=output, stderr=output) as process:

@@ -1,4 +1,4 @@
-"""What `deployment.app` does that TorchServe does not: its limits, clients that have gone, its description and page."""
+"""What `deployment.server.app` does and TorchServe does not: limits, clients that have gone, description and page."""
 
 import http.client
 import json
@@ -14,9 +14,10 @@ import uvicorn
 import yaml
 from conftest import ROOT, draw_photo, encoded
 
-from deployment import app, bodies
 from deployment.handler import Handler
-from deployment.processes import reserve_port
+from deployment.runtime import cores
+from deployment.server import app, forms
+from deployment.server.processes import reserve_port
 
 PREDICT = "/predictions/small"
 PHOTO = encoded(draw_photo(5, (90, 60)))
@@ -30,9 +31,9 @@ class Held(Handler):
         self.open = threading.Event()
         self.open.set()
 
-    def inference(self, photos) -> None:
+    def inference(self, items) -> None:
         assert self.open.wait(30)
-        super().inference(photos)
+        super().inference(items)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def test_one_request_too_many_is_told_to_come_again(url, handler, monkeypatch):
 
 def test_nothing_is_computed_for_clients_that_have_gone(url, handler, monkeypatch):
     handler.open.clear()
-    at_once, let_in, computed = 2 * app.cores(), sample("ts_inference_requests_total"), sample("batch_requests_sum")
+    at_once, let_in, computed = 2 * cores(), sample("ts_inference_requests_total"), sample("batch_requests_sum")
     host, port = url.removeprefix("http://").split(":")
     with ThreadPoolExecutor(at_once) as pool:
         first = [pool.submit(httpx.post, url + PREDICT, content=PHOTO, timeout=60) for _ in range(at_once)]
@@ -106,7 +107,7 @@ def test_nothing_is_computed_for_clients_that_have_gone(url, handler, monkeypatc
 def test_a_request_that_waits_too_long_is_told_to_come_again(url, handler, monkeypatch):
     monkeypatch.setattr(app, "WAIT_SECONDS", 0.2)
     handler.open.clear()
-    at_once, let_in = 2 * app.cores(), sample("ts_inference_requests_total")
+    at_once, let_in = 2 * cores(), sample("ts_inference_requests_total")
     with ThreadPoolExecutor(at_once) as pool:
         sent = [pool.submit(httpx.post, url + PREDICT, content=PHOTO, timeout=60) for _ in range(at_once)]
         wait_for(lambda: sample("ts_inference_requests_total") == let_in + at_once)
@@ -117,7 +118,7 @@ def test_a_request_that_waits_too_long_is_told_to_come_again(url, handler, monke
 
 
 def test_a_request_that_takes_too_long_to_arrive(url, monkeypatch):
-    monkeypatch.setattr(bodies, "READ_SECONDS", 0.3)
+    monkeypatch.setattr(forms, "READ_SECONDS", 0.3)
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(f"POST {PREDICT} HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\nslow".encode())
@@ -152,15 +153,29 @@ def test_a_large_form_stays_in_memory(url, monkeypatch):
     assert httpx.post(url + PREDICT, files={"data": photo}, timeout=60).status_code == 200
 
 
+@pytest.mark.parametrize("rest, status", [("/", 200), ("/1.0", 200), ("/1.0/", 200), ("/2.0", 404), ("er", 404)])
+def test_a_version_may_follow_the_name(url, rest, status):
+    assert httpx.post(url + PREDICT + rest, content=PHOTO).status_code == status
+
+
+def test_the_version_is_the_archive_s(tmp_path):
+    assert app.version_of(tmp_path) == "1.0"
+    (tmp_path / "MAR-INF").mkdir()
+    (tmp_path / "MAR-INF" / "MANIFEST.json").write_text('{"model": {"modelName": "small", "modelVersion": "2.1"}}')
+    assert app.version_of(tmp_path) == "2.1"
+
+
 def test_description_and_page(url):
     description = httpx.get(f"{url}/openapi.json").json()
-    assert description == yaml.safe_load((ROOT / "deployment" / "openapi.yaml").read_text().replace("NAME", "small"))
+    written = (ROOT / "deployment" / "server" / "openapi.yaml").read_text()
+    assert description == yaml.safe_load(written.replace("NAME", "small"))
     page = httpx.get(url)
     assert (
         page.status_code == 200 and "openapi.json" in page.text and "//" not in page.headers["content-security-policy"]
     )
     schemas = json.dumps(description)
-    assert all(f'"{word}"' in schemas for word in ("instances", "b64", "overlay", "original", "Retry-After"))
+    words = ("instances", "b64", "overlay", "original", "top", "names", "Retry-After")
+    assert all(f'"{word}"' in schemas for word in words)
     references = [part.split('"')[0] for part in schemas.split('"$ref": "#/')[1:]]
     for reference in references:
         node = description
@@ -170,7 +185,7 @@ def test_description_and_page(url):
 
 
 def test_faults_of_our_own_are_logged_with_their_stack(url, handler, monkeypatch, caplog):
-    monkeypatch.setattr(Held, "inference", lambda self, photos: 1 / 0)
+    monkeypatch.setattr(Held, "inference", lambda self, items: 1 / 0)
     answer = httpx.post(url + PREDICT, content=PHOTO)
     assert answer.status_code == 500 and "division" not in answer.text
     [record] = [r for r in caplog.records if answer.headers["x-request-id"] in r.getMessage()]

@@ -25,7 +25,8 @@ from deployment.config import Config, read_config
 from deployment.export import write_config
 from deployment.export.convert import convert
 from deployment.model import DynamicUnetDIY
-from deployment.processes import cores, free_ports
+from deployment.runtime import cores
+from deployment.server.processes import free_ports
 
 KEYS = {"rps", "p50_ms", "p95_ms", "p99_ms", "refused", "errors", "wrong_masks"}
 

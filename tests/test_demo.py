@@ -3,9 +3,12 @@
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import nbformat
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -29,15 +32,38 @@ def test_refused_in_one_line_before_anything_runs(choice, tmp_path):
     assert not done.stdout and not list(tmp_path.iterdir())
 
 
-def test_epochs_appear_as_they_end(tmp_path):
-    code = nbformat.v4.new_code_cell
-    cells = [code("EPOCHS = 1", metadata={"tags": ["parameters"]}), code(TRAINING)]
+def run_cells(folder: Path, cells: list[str], parameters: dict[str, int], before: str = "") -> CompletedProcess:
+    """What run.py's `run` does with a notebook of `cells`, the first of which are its parameters, in a process of its
+    own, which executes `before` first.
+    """
+    first, *others = map(nbformat.v4.new_code_cell, cells)
+    first.metadata["tags"] = ["parameters"]
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
-    nbformat.write(notebook, tmp_path / "train.ipynb")
-    run = "import sys; from pathlib import Path; sys.path.insert(0, 'notebook'); import run; "
-    run += f"run.run(Path({str(tmp_path / 'train.ipynb')!r}), Path({str(tmp_path / 'done.ipynb')!r}), {{'EPOCHS': 2}})"
-    done = subprocess.run([sys.executable, "-c", run], cwd=ROOT, capture_output=True, text=True)
+    notebook = nbformat.v4.new_notebook(cells=[first, *others], metadata={"kernelspec": kernel})
+    nbformat.write(notebook, folder / "cells.ipynb")
+    run = "import sys; from pathlib import Path; sys.path.insert(0, 'notebook'); import run\n"
+    run += f"run.run(Path({str(folder / 'cells.ipynb')!r}), Path({str(folder / 'done.ipynb')!r}), {parameters})"
+    command = [sys.executable, "-c", f"{before}\n{run}"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_epochs_appear_as_they_end(tmp_path):
+    done = run_cells(tmp_path, ["EPOCHS = 1", TRAINING], {"EPOCHS": 2})
     assert done.returncode == 0, done.stderr
     epochs = re.findall(r"epoch (\d/\d): train loss [\d.]+, valid loss [\d.]+, \d+:\d+", done.stdout)
     assert epochs == ["1/2", "2/2"], done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("channel", ["HBChannel", "ZMQSocketChannel"])
+def test_a_channel_that_never_closes_holds_up_no_run(channel, tmp_path):
+    """As jupyter_client's heartbeat channel does at times, which waits for its thread."""
+    before = f"import jupyter_client.channels as c, time; c.{channel}.stop = lambda self: time.sleep(1000)"
+    pid = tmp_path / "pid"
+    cells = ["n = 1", f"import os; from pathlib import Path; Path({str(pid)!r}).write_text(str(os.getpid()))"]
+    done = run_cells(tmp_path, cells, {"n": 2}, before)
+    ended = time.time()
+    assert done.returncode == 0, done.stderr
+    assert ended - pid.stat().st_mtime < 30
+    assert not psutil.pid_exists(int(pid.read_text())), "a kernel is left"
+    executed = nbformat.read(tmp_path / "done.ipynb", as_version=4)
+    assert [cell.metadata.papermill.status for cell in executed.cells] == ["completed"] * 3

@@ -14,10 +14,9 @@ import httpx
 import hypothesis
 import psutil
 import pytest
-from conftest import draw_photo, encoded
+from conftest import bomb, draw_photo, encoded
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 PREDICT = "/predictions/fastunet"
 PHOTOS = [
@@ -31,7 +30,6 @@ PHOTOS = [
     encoded(draw_photo(1, (60, 40)), "GIF"),
     encoded(draw_photo(1, (60, 40)).convert("I;16")),
 ]
-BOMB = encoded(Image.new("1", (20_000, 20_000)))
 
 
 def mutate(data: bytes, seed: int) -> bytes:
@@ -79,7 +77,7 @@ raw = st.builds(
         mutated,
         st.binary(max_size=300),
         st.text().map(str.encode),
-        st.just(BOMB),
+        st.builds(bomb, st.just(20_000), st.just(20_000)),
         st.sampled_from([b"", b"{", b"[]", b"<html></html>", b'{"instances": NaN}', b"GIF89a", b"\xff\xd8\xff", b"BM"]),
         values.map(json.dumps).map(str.encode),
         prediction_json.map(json.dumps).map(str.encode),

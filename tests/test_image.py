@@ -22,8 +22,8 @@ from gcp_storage_emulator.server import create_server as create_storage_emulator
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import storage
 
-from deployment.processes import free_ports
-from deployment.serve import is_ready
+from deployment.server.processes import free_ports
+from deployment.server.torchserve import is_ready
 from tests.test_ai_platform import photos, reference  # noqa: F401
 
 pytestmark = [pytest.mark.image, pytest.mark.timeout(3600)]
@@ -207,9 +207,11 @@ def test_holds_what_serving_needs_and_no_more(image, kind, container):
     try:
         root = Path(buildah("mount", name).strip())
         files = {str(p.relative_to(root / "app")) for p in (root / "app").rglob("*") if p.is_file()}
-        settings = {"config.properties", "log4j2.xml", "openapi.yaml", "requirements.txt", "try.html"}
-        modules = {p.name for p in (ROOT / "deployment").glob("*.py")}
-        assert files == {f"deployment/{name}" for name in modules | settings} | {"model_store/fastunet.mar"}
+        settings = {"config.properties", "log4j2.xml", "openapi.yaml", "try.html"}
+        modules = {str(p.relative_to(ROOT)) for folder in (".", "runtime", "server")
+                   for p in (ROOT / "deployment" / folder).glob("*.py")}  # fmt: skip
+        others = {"deployment/requirements.txt", "model_store/fastunet.mar"}
+        assert files == modules | {f"deployment/server/{name}" for name in settings} | others
         packages = {p.name.split("-")[0] for p in (root / "opt/venv").rglob("*.dist-info")}
         assert {"torch", "torchvision", "starlette", "uvicorn"} <= packages
         assert ("torchserve" in packages) == (kind == "torchserve")

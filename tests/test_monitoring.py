@@ -12,7 +12,7 @@ import httpx
 import pytest
 import yaml
 
-from deployment.processes import free_ports, started
+from deployment.server.processes import free_ports, started
 
 FOLDER = Path(__file__).parents[1] / "deployment" / "monitoring"
 RULES = yaml.safe_load((FOLDER / "alerts.yaml").read_text())["groups"][0]["rules"]

@@ -21,8 +21,8 @@ from deployment import ai_platform
 from deployment.answers import palette
 from deployment.config import read_config
 from deployment.photos import Preprocessor
-from deployment.processes import free_ports, started
-from deployment.serve import torchserve, workers_and_threads
+from deployment.server.processes import free_ports, started
+from deployment.server.torchserve import torchserve, workers_and_threads
 from tests.vertex_stand_in import vertex_ai
 
 ROOT = Path(__file__).parents[1]

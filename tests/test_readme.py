@@ -25,7 +25,7 @@ import pytest
 from PIL import Image
 
 import camvid
-from deployment.processes import free_ports
+from deployment.server.processes import free_ports
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

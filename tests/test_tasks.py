@@ -30,7 +30,7 @@ from deployment.export.dataset import split_photos
 from deployment.export.half import half_precision
 from deployment.handler import Handler
 from deployment.protocol import Rejected, read_request
-from deployment.serve import torchserve
+from deployment.server.torchserve import torchserve
 
 ROOT = Path(__file__).parents[1]
 KINDS = ["bus", "car", "tram"]

@@ -56,7 +56,7 @@ from google.protobuf import any_pb2, empty_pb2, json_format, timestamp_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from deployment.processes import free_ports, started
+from deployment.server.processes import free_ports, started
 
 ROOT = Path(__file__).parents[1]
 PROJECT, LOCATION = "local-project", "us-central1"

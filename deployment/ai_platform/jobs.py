@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # What the container takes in one request. The service makes requests of `batch_size` lines, whatever their sizes.
 MAX_INSTANCES = 64  # protocol.MAX_INSTANCES
-MAX_BYTES = 20_000_000  # config.properties, less 5 % for JSON that is written otherwise than here
+MAX_BYTES = 20_000_000  # server/config.properties, less 5 % for JSON that is written otherwise than here
 MAX_PIXELS = 50_000_000  # photos.Preprocessor
 
 

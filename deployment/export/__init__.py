@@ -1,37 +1,43 @@
 """Export a fastai vision learner for serving: `python -m deployment.export LEARNER.pkl --out model_store`.
 
-Everything that serving must know is read off the learner: the network, what happens to a photo at validation time, how
+Everything that serving must know is read off the learner: the network, what happens to an image at validation time, how
 logits become an answer, the class names. A U-Net on an encoder of torchvision becomes a `DynamicUnetDIY`, every other
-network a program of `torch.export`. Then this copy is proven equal, on photos, through the complete pipeline of either
-side; only then are network and configuration written.
+network a program of `torch.export`. Then this copy is proven equal, from image files to answers; only then are network
+and configuration written.
 
 This package is the only place that knows fastai, ONNX, OpenVINO's converter and NNCF. Nothing of it runs on a server.
 """
 
 import dataclasses
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
 import torch
 import yaml
+from PIL import Image
 
 from ..archive import BATCH_SIZES
 from ..config import Config, read_config
+from ..photos import load_opener, size_of
 from ..runtime import PRECISIONS, RuntimeUnavailable, check_runtime
 from .convert import convert
-from .describe import describe_learner
+from .describe import as_program, describe_learner
 from .half import half_precision
-from .learner import ExportError, load_learner, network
+from .learner import ExportError, load_learner, on_cpu
 from .onnx_file import write_onnx
-from .program import capture, capture_widest, has_free_size
-from .prove import find_photos, prove, sample_photos, size_of
+from .program import capture_network, free_sides
+from .prove import NetworkDiffers, find_images, prove, sample_images
+from .transforms import ImagePipeline, read_pipeline
 
 __all__ = ["ExportError", "export_learner", "load_learner"]
 
+DEFAULT_SIZE = [96, 128]  # (height, width) of generated images for a learner that takes any size
+
 CONFIG_HEAD = """\
 # TorchServe's configuration of this model, for `torch-model-archiver --config-file`.
-# How many workers run is not said here: deployment/serve.py decides it by the runtime and the machine.
+# How many workers run is not said here: deployment/server/torchserve.py decides it by the runtime and the machine.
 batchSize: {:<9} # requests handed to a worker together, at most; `deployment.archive --device cuda` makes it 32
 maxBatchDelay: 1     # ms that the first of them waits for others (0 would mean 100); those that come while the workers
                      # compute gather anyway, and are handed over with one message in place of several
@@ -46,7 +52,7 @@ def export_learner(
     out_dir: Path | str,
     *,
     check: Path | str | None = None,
-    tolerance: float = 0.0,
+    open: Path | str | None = None,
     runtime: str = "eager",
     precision: str | None = None,
     calibrate: Path | str | None = None,
@@ -56,69 +62,148 @@ def export_learner(
     """Write the network and `model-config.yaml` of `learner` into `out_dir`, once they are proven; return `out_dir`.
 
     The network is `fastunet.pth`, the weights of a `DynamicUnetDIY`, or `fastunet.pt2`, a program. For the runtime
-    `openvino` the converted model, `fastunet.xml` and `fastunet.bin`, is written too.
+    `openvino` the converted model, `fastunet.xml` and `fastunet.bin`, is written too. The proof runs on the CPU,
+    whatever device the learner is on.
 
     Args:
-        learner: a `fastai.learner.Learner` for one photo in and a mask, a class, classes, values or points out.
+        learner: a `fastai.learner.Learner` for one image in and a mask, a class, classes, values or points out.
         out_dir: folder to write into; files already there are replaced whole, or left as they are.
-        check: folder of photos to prove the copy on; default: generated photos of several sizes and modes.
-        tolerance: greatest difference of a logit that is accepted, on a GPU only; on a CPU there is none.
+        check: folder of images to prove the copy on; default: generated images of several sizes and modes.
+        open: a Python file with `open_image(data: bytes)`, for a learner that opens images itself or whose item
+            transforms are its own; it goes with `check`. See "Own opening" in deployment/README.md.
         runtime, precision: what serves the model, see `deployment.runtime.PRECISIONS`, whose first is the default.
         calibrate, max_drop: as in `deployment.export.convert.convert`; also for fp16 and bf16 on a GPU.
         onnx: write `fastunet.onnx` as well, see `deployment.export.onnx_file`.
 
     Raises:
-        ExportError: the learner holds something that cannot be reproduced, the copy's output differs, the runtime
+        ExportError: the learner holds something that cannot be reproduced, the copy's answer differs, the runtime
             cannot be had, or the converted model is not good enough.
     """
-    config = describe_learner(learner)
     out_dir = Path(out_dir)
+    existed = out_dir.exists()
     out_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out_dir, prefix=".export-") as scratch:
-        folder = Path(scratch, "store")  # takes its place in `out_dir` once all is well
-        folder.mkdir()
-        photos = find_photos(check) if check else sample_photos(scratch, config.img_size)
-        config, photos = write_network(network(learner), config, folder, photos)
-        write_config(config, folder)
-        prove(learner, read_config(folder), folder, photos, tolerance)
-        try:
-            precision = precision or PRECISIONS.get(runtime, (None,))[0]
-            check_runtime(runtime, precision)
-            if onnx:
-                write_onnx(config, folder, photos)
-            if runtime == "openvino":
-                config = convert(config, folder, precision, calibrate, max_drop)
-            else:
-                config = half_precision(config, folder, precision, calibrate, max_drop)
-            write_config(config, folder)
-        except RuntimeUnavailable as error:
-            raise ExportError(str(error)) from error
-        for path in folder.iterdir():
-            os.replace(path, out_dir / path.name)
+    try:
+        with tempfile.TemporaryDirectory(dir=out_dir, prefix=".export-") as scratch:
+            folder = Path(scratch, "store")  # takes its place in `out_dir` once all is well
+            folder.mkdir()
+            with on_cpu(learner) as model:
+                config, images = write_proven(learner, model, folder, check, open)
+            try:
+                precision = precision or PRECISIONS.get(runtime, (None,))[0]
+                check_runtime(runtime, precision)
+                if onnx:
+                    write_onnx(config, folder, images)
+                change = convert if runtime == "openvino" else half_precision
+                config = change(config, folder, precision, calibrate, max_drop)
+                write_config(config, folder)
+            except RuntimeUnavailable as error:
+                raise ExportError(str(error)) from error
+            for path in folder.iterdir():
+                os.replace(path, out_dir / path.name)
+    except BaseException:
+        if not existed:
+            shutil.rmtree(out_dir, ignore_errors=True)
+        raise
     return out_dir
 
 
-def write_network(
-    model: torch.nn.Module, config: Config, folder: Path, photos: list[Path]
+def write_proven(
+    learner, model: torch.nn.Module, folder: Path, check: Path | str | None, opener: Path | str | None
 ) -> tuple[Config, list[Path]]:
-    """Write `model` into `folder`, in the form that `config` says; return `config`, and those of `photos` it can take.
+    """Write network, configuration and opener of `learner` into `folder`, and prove them; the images of the proof.
 
-    Where photos keep their own size, a program takes every size if torch.export can leave it free, and else that of the
-    first photo alone.
+    Where a `DynamicUnetDIY` does not come out equal, a program takes its place.
     """
+    if opener:
+        if not check:
+            raise ExportError("--open needs images to prove it on, as the learner gets them: --check DIR")
+        try:
+            open_image = load_opener(Path(opener))
+        except (OSError, ValueError) as error:
+            raise ExportError(str(error)) from error
+        shutil.copy(opener, folder / "open_image.py")
+    else:
+        open_image = None
+    pipeline = read_pipeline(learner.dls, sample_file(folder.parent), open_image is not None)
+    if check:
+        images = find_images(check)
+    else:
+        images = sample_images(folder.parent, image_size(learner, pipeline), large=pipeline.size is not None)
+    config = describe_learner(learner, model, images[0], pipeline, open_image)
     if config.arch:
         state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
         torch.save(state, folder / config.model_file)
-        return config, photos
-    program = capture_widest(model, config)
-    if config.keeps_photo_size and not has_free_size(program):
-        config = dataclasses.replace(config, img_size=size_of(photos[0]))
-        photos = [path for path in photos if size_of(path) == config.img_size]
-        program = capture(model, config.n_in, config.img_size)
-        h, w = config.img_size
-        print(f"torch.export cannot leave the size of photos free for this network: it takes {w} × {h} pixels alone")
+        write_config(config, folder)
+        try:
+            prove(learner, model, config, folder, images, pipeline)
+            return config, images
+        except NetworkDiffers as error:
+            print(f"not written as a DynamicUnetDIY, but as a program of torch.export: {error}")
+            (folder / config.model_file).unlink()
+            config = as_program(config, config.options.get("n_in", 3))
+    config, images = write_program(model, config, folder, images, pipeline)
+    write_config(config, folder)
+    prove(learner, model, read_config(folder), folder, images, pipeline)
+    return config, images
+
+
+def sample_file(folder: Path) -> Path:
+    """A small image file in `folder`."""
+    path = folder / "sample.png"
+    Image.new("RGB", (64, 48), (120, 90, 60)).save(path)
+    return path
+
+
+def image_size(learner, pipeline: ImagePipeline) -> list[int]:
+    """(height, width) of images to generate: what the network sees, else as the learner's own data have it."""
+    if pipeline.size:
+        return pipeline.size
+    try:
+        width, height = size_of(learner.dls.valid_ds[0][0])
+    except Exception:  # an exported learner has no data
+        return DEFAULT_SIZE
+    return [height, width]
+
+
+def write_program(
+    model: torch.nn.Module, config: Config, folder: Path, images: list[Path], pipeline: ImagePipeline
+) -> tuple[Config, list[Path]]:
+    """Write `model` as a program into `folder`; return `config`, and those of `images` that the program holds for.
+
+    Where images keep their own size, it takes every size if torch.export can leave it free, else that of the first
+    image alone; where the network branches on the size, those on its side of the branch. What it takes is printed.
+    """
+    channels = config.options.get("n_in", 3)
+    program = capture_network(model, pipeline.own, (channels, *config.img_size), config.keeps_image_size)
     torch.export.save(program, folder / config.model_file)
-    return config, photos
+    if not config.keeps_image_size:
+        return config, images
+    sides = free_sides(program)
+    h, w = config.img_size
+    if sides is None:
+        print(f"torch.export cannot leave the size of images free for this network: it takes {w} × {h} pixels alone")
+        sides = [[h, h], [w, w]]
+    elif any(limit is not None for side in sides for limit in side):
+        print(f"the network branches on the size of images: what is exported takes {sides_text(sides)}")
+    config = dataclasses.replace(config, sides=sides)
+    return config, [path for path in images if holds_for(config, path)]
+
+
+def sides_text(sides: list[list[int | None]]) -> str:
+    """`sides`, the limits of height and width, in words."""
+    words = []
+    for name, (low, high) in zip(("heights", "widths"), sides, strict=True):
+        words.append(f"{name} from {low or 1} to {high}" if high else f"{name} from {low or 1} on")
+    return " and ".join(words)
+
+
+def holds_for(config: Config, path: Path) -> bool:
+    """Whether the program takes the image at `path`, as far as its header tells."""
+    try:
+        with Image.open(path) as image:
+            return config.takes_size(image.size)
+    except OSError:  # only the reader's own opener knows
+        return True
 
 
 def write_config(config: Config, folder: Path | str) -> None:

@@ -20,16 +20,15 @@ def main() -> None:
     )
     parser.add_argument("learner", help="the file that learn.export() wrote")
     parser.add_argument("--out", default="model_store", help="folder to write into (default: %(default)s)")
-    parser.add_argument("--check", metavar="DIR", help="photos to prove the copy on (default: generated ones)")
+    parser.add_argument("--check", metavar="DIR", help="images to prove the copy on (default: generated ones)")
+    parser.add_argument("--open", metavar="FILE.py", help="your open_image(data), where the learner opens images itself")
     parser.add_argument(
         "--trust", action="store_true", help="you know where the file is from: loading it runs its code"
     )
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="to prove on (default: %(default)s)")
-    parser.add_argument("--tolerance", type=float, default=0.0, help="greatest difference of logits, on cuda only")
     parser.add_argument("--runtime", default="eager", choices=tuple(PRECISIONS), help="default: %(default)s")
     choices = "; ".join(f"{runtime}: {', '.join(precisions)}" for runtime, precisions in PRECISIONS.items())
     parser.add_argument("--precision", help=f"{choices} (default: the first; eager's are for GPUs)")
-    parser.add_argument("--calibrate", metavar="DIR", help="photos for int8, with CamVid's labels/ to measure accuracy")
+    parser.add_argument("--calibrate", metavar="DIR", help="images for int8, with CamVid's labels/ to measure accuracy")
     parser.add_argument("--max-drop", type=float, default=0.5, help="points of accuracy that may be lost: %(default)s")
     parser.add_argument("--onnx", action="store_true", help="write fastunet.onnx too, checked with onnxruntime")
     args = parser.parse_args()
@@ -39,13 +38,12 @@ def main() -> None:
             raise ExportError(
                 f"loading a learner runs the code in it: add --trust if you know where {args.learner} is from"
             )
-        learner = load_learner(args.learner, device=args.device)
-        options = {
-            name: value for name, value in vars(args).items() if name not in ("learner", "out", "trust", "device")
-        }
-        out = export_learner(learner, args.out, **options)
+        options = {name: value for name, value in vars(args).items() if name not in ("learner", "out", "trust")}
+        out = export_learner(load_learner(args.learner), args.out, **options)
     except (ExportError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
+        if getattr(e, "hint", ""):
+            print(f"for example:\n\n{e.hint}", file=sys.stderr)
         sys.exit(2)
     except Exception as e:  # whatever a learner of other versions does when it is looked at
         reason = " ".join(f"{type(e).__name__}: {e}".split())

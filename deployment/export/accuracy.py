@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ..config import Config
 from ..photos import Preprocessor
+from ..runtime.pytorch import resample_affine
+from ..runtime.queue import ImageQueue
 from .dataset import label_of
 from .learner import ExportError
 from .tasks import decision
@@ -65,7 +67,7 @@ def as_output(values: list[str], photo: Path, preprocessor: Preprocessor) -> Ten
         raise ValueError(f"{len(numbers)} numbers instead of {config.n_classes}")
     if config.task == "points":
         with Image.open(photo) as image:
-            corners = preprocessor.points_to_photo(np.array([[-1, -1], [1, 1]]), image.size)
+            corners = preprocessor.points_to_image(np.array([[-1, -1], [1, 1]]), image.size)
         numbers = (2 * (numbers.reshape(-1, 2) - corners[0]) / (corners[1] - corners[0]) - 1).ravel()
     return torch.from_numpy(numbers).float()[None]
 
@@ -113,10 +115,33 @@ def read_label(photo: Path, preprocessor: Preprocessor) -> Tensor:
     if not path.is_file():
         raise ExportError(f"no label {path} for {photo.name}: give every photo its label, or none")
     with Image.open(path) as image:
-        label = preprocessor.label(image)[None]
+        label = as_model_sees(image, preprocessor)[None]
     if label.max() >= n_classes:
         raise ExportError(f"{path} has class {label.max()}, but the model knows {n_classes} classes")
     return label
+
+
+def as_model_sees(label: Image.Image, preprocessor: Preprocessor) -> Tensor:
+    """`label` (mode L, pixel value = class) where the model's pixels are: uint8 (height, width)."""
+    x = torch.from_numpy(np.array(preprocessor.resize(label, resample="nearest"), np.uint8))[None, None]
+    for options in preprocessor.config.affine:
+        x = resample_affine(x.float(), **options | {"mode": "nearest"}).to(torch.uint8)
+    return x[0, 0]
+
+
+def outputs(model: ImageQueue, images: list[np.ndarray]) -> list[Tensor]:
+    """What `model` makes of `images`, each as a batch of one.
+
+    Raises:
+        ExportError: it fails on one of them.
+    """
+    made = []
+    for image in images:
+        (output,) = model([image])
+        if isinstance(output, Exception):
+            raise ExportError(f"the model fails on an image of {image.shape}: {output}") from output
+        made.append(torch.from_numpy(output)[None])
+    return made
 
 
 def compare_masks(

@@ -6,24 +6,24 @@ Each optional package is imported only where it is used.
 import dataclasses
 import logging
 import os
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ..config import Config
-from ..openvino_runtime import has_bf16, load_openvino
 from ..photos import Preprocessor
-from ..runtime import Model, check_runtime, eager, import_optional
-from .accuracy import compare, read_labels, report_text
+from ..runtime import check_runtime, cores, import_optional
+from ..runtime.pytorch import ServedModel, eager, warm_up_size
+from .accuracy import compare, outputs, read_labels, report_text
 from .dataset import split_photos
 from .learner import ExportError
-from .program import capture_widest
+from .program import capture_served
 
 # The share of pixels that must keep their class: in fp32, and in less than that where no labels say what it costs.
 MIN_AGREEMENT = {"fp32": 0.9999, "bf16": 0.98, "int8": 0.98}
-CALIBRATION_PHOTOS = 300  # at most
+CALIBRATION_IMAGES = 300  # at most
 
 
 def convert(
@@ -51,23 +51,24 @@ def convert(
     if precision == "int8" and not calibrate:
         raise ExportError("int8 must be calibrated: name a folder of some hundred photos with --calibrate")
     ov = import_optional("openvino")
-    preprocessor = Preprocessor(config)
-    train, valid = calibration_photos(calibrate) if calibrate else ([], [])
-    noise = torch.rand(4, 1, config.n_in, *config.img_size, generator=torch.Generator().manual_seed(0))
-    inputs = [preprocessor(path.read_bytes())[None] for path in valid] or list(noise)
+    from ..runtime.openvino import has_bf16, load_openvino
+
+    preprocessor = Preprocessor(config, folder)
+    train, valid = calibration_images(calibrate) if calibrate else ([], [])
+    noise = (255 * np.random.default_rng(0).random((4, *warm_up_size(config)))).astype(config.dtype)
+    inputs = [preprocessor(path.read_bytes()) for path in valid] or list(noise)
     labels = read_labels(valid, calibrate, preprocessor)
-    original = [*map(eager(config, folder, torch.device("cpu")), inputs)]
+    original = outputs(eager(config, folder), inputs)
 
     if precision == "bf16" and not has_bf16():
         print("this processor has no bf16: measured in fp32, as it would be served here")
     tries = [to_openvino(config, folder)]
     if precision == "int8":
-        samples = [preprocessor(path.read_bytes())[None].numpy() for path in train]
+        samples = [preprocessor(path.read_bytes())[None] for path in train]
         tries = quantized(tries[0], samples, inputs, labels, original, config, max_drop)
     best, least = None, float("inf")
     for candidate in tries:
-        predict = load_openvino(candidate, torch.get_num_threads(), precision)
-        report = compare(config, original, [*map(predict, inputs)], labels)
+        report = compare(config, original, outputs(load_openvino(candidate, cores(), precision), inputs), labels)
         if (lost := excess(report, precision, max_drop)) < least:
             best, least = (candidate, report), lost
         if least <= 0:
@@ -93,7 +94,7 @@ def excess(report: dict, precision: str, max_drop: float) -> float:
     return 100 * (MIN_AGREEMENT[precision] - report["agreement"])
 
 
-def calibration_photos(folder: Path | str) -> tuple[list[Path], list[Path]]:
+def calibration_images(folder: Path | str) -> tuple[list[Path], list[Path]]:
     """The photos in `folder` to calibrate with, evenly chosen, and those to measure with: the validation photos.
 
     Raises:
@@ -104,29 +105,20 @@ def calibration_photos(folder: Path | str) -> tuple[list[Path], list[Path]]:
         raise ExportError(f"{folder} holds no photos (png, jpg, bmp, webp, tiff, gif)")
     if not train or not valid:
         raise ExportError(f"the photos of {folder} must be split into some to calibrate with and some to measure with")
-    step = max(1, len(train) / CALIBRATION_PHOTOS)
-    return [train[int(i * step)] for i in range(min(len(train), CALIBRATION_PHOTOS))], valid
+    step = max(1, len(train) / CALIBRATION_IMAGES)
+    return [train[int(i * step)] for i in range(min(len(train), CALIBRATION_IMAGES))], valid
 
 
 def to_openvino(config: Config, folder: Path | str):
-    """The model of `config` as an OpenVINO model of one photo, whose sides are free where photos keep their size.
+    """The served model of `config` as an OpenVINO model of one image, whose sides are free where images keep theirs.
 
-    A fixed shape is faster than a free one, and on a CPU a batch is no faster than its photos one by one.
+    A fixed shape is faster than a free one, and on a CPU a batch is no faster than its images one by one.
     """
     ov = import_optional("openvino")
-    h, w = config.img_size
-    shape = [1, config.n_in, h, w]
-    if config.keeps_photo_size:  # tracing keeps what it saw: with odd sides every step up resizes, as some photos need
-        shape, h, w = [1, config.n_in, -1, -1], h | 1, w | 1
-    if not config.arch:
-        model = ov.convert_model(capture_widest(Model(config, folder, exact=False), config))
-        model.reshape([1, *model.inputs[0].partial_shape[1:]])
-        return model
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # of just that
-        warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)  # OpenVINO's way in
-        example = torch.rand(1, config.n_in, h, w)
-        return ov.convert_model(Model(config, folder, exact=False), example_input=example, input=shape)
+    served = ServedModel(config, folder, exact=False, in_graph=True)
+    model = ov.convert_model(capture_served(served, config))
+    model.reshape([1, *model.inputs[0].partial_shape[1:]])
+    return model
 
 
 def quantized(base, samples: list, inputs, labels, original, config: Config, max_drop: float) -> Iterator:
@@ -148,11 +140,11 @@ def quantized(base, samples: list, inputs, labels, original, config: Config, max
         return
 
     def change(compiled, _) -> tuple[float, None]:
-        outputs = [torch.from_numpy(compiled(x.numpy())[0]) for x in inputs]
-        return -compare(config, original, outputs, labels)["drop"], None
+        converted = [torch.from_numpy(compiled(image[None])[0]) for image in inputs]
+        return -compare(config, original, converted, labels)["drop"], None
 
     control = {"max_drop": max_drop, "ignored_scope": first, **settings}
-    yield nncf.quantize_with_accuracy_control(base, data, nncf.Dataset(inputs), change, **control)
+    yield nncf.quantize_with_accuracy_control(base, data, nncf.Dataset([image[None] for image in inputs]), change, **control)
 
 
 def convolutions(base) -> list[str]:

@@ -1,6 +1,5 @@
 """Half precision for a GPU: what it costs in accuracy, measured before it is chosen."""
 
-import copy
 import dataclasses
 from contextlib import nullcontext
 from pathlib import Path
@@ -9,10 +8,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .. import gpu_runtime
 from ..config import Config
 from ..photos import Preprocessor
-from ..runtime import Model
+from ..runtime import cuda
+from ..runtime.pytorch import ServedModel
 from .accuracy import compare, read_labels, report_text
 from .dataset import split_photos
 from .learner import ExportError
@@ -31,23 +30,24 @@ def half_precision(
     config = dataclasses.replace(config, precision=precision)
     if precision not in ("fp16", "bf16") or not calibrate:
         return config
-    preprocessor, valid = Preprocessor(config), split_photos(calibrate)[1]
+    preprocessor, valid = Preprocessor(config, folder), split_photos(calibrate)[1]
     if not valid:
-        raise ExportError(f"{calibrate} holds no photos to measure {precision} on")
+        raise ExportError(f"{calibrate} holds no images to measure {precision} on")
     labels = read_labels(valid, calibrate, preprocessor)
-    model, dtype = Model(config, folder, exact=False), gpu_runtime.TYPES[precision]
-    half = copy.deepcopy(model).to(dtype)
+    model, dtype = ServedModel(config, folder, exact=False), cuda.TYPES[precision]
+    half = cuda.in_half(model, dtype)
     if torch.cuda.is_available():
-        model, half, rounding = model.cuda(), half.to("cuda", memory_format=torch.channels_last), nullcontext()
+        model, half, rounding = model.cuda(), half.cuda(), nullcontext()
     else:
         print(f"no GPU here: {precision} is emulated on the CPU")
-        half, dtype, rounding = half.float(), torch.float32, Rounding(dtype)
+        half.network.float()
+        dtype, rounding = torch.float32, Rounding(dtype)
     original, converted = [], []
     for path in valid:
-        x = preprocessor(path.read_bytes())[None]
-        original.append(gpu_runtime.compute(model, x, torch.float32).cpu())
+        pixels = torch.from_numpy(preprocessor(path.read_bytes()))[None]
+        original.append(cuda.compute(model, pixels, torch.float32).cpu())
         with rounding:
-            converted.append(gpu_runtime.compute(half, x, dtype).cpu())
+            converted.append(cuda.compute(half, pixels, dtype).cpu())
     report = compare(config, original, converted, labels)
     print(report_text(report))
     if report.get("drop", 0) > max_drop:

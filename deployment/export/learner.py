@@ -1,7 +1,10 @@
 """Open a learner that fastai exported, also where the functions of its trainer are missing."""
 
+import contextlib
+import importlib
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -10,10 +13,14 @@ from .unpickle import Found, Missing, lenient_pickle
 
 
 class ExportError(Exception):
-    """The learner cannot be exported; the message says why, in one line."""
+    """The learner cannot be exported; the message says why, in one line. `hint` has lines to start from, if any."""
+
+    def __init__(self, message: str, hint: str = ""):
+        super().__init__(message)
+        self.hint = hint
 
 
-def load_learner(path: Path | str, *, device: str = "cpu"):
+def load_learner(path: Path | str):
     """The learner that `learn.export()` wrote to `path`, also under another Python and without its trainer's functions.
 
     Labelling functions, metrics and the like play no part in serving: where one cannot be had, an inert stand-in takes
@@ -41,7 +48,7 @@ def load_learner(path: Path | str, *, device: str = "cpu"):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # fastai's, that a pickle runs code; the command line has said so
                 pickle_module = lenient_pickle(found, own_code)
-                learner = fastai_learner.load_learner(path, cpu=device == "cpu", pickle_module=pickle_module)
+                learner = fastai_learner.load_learner(path, cpu=True, pickle_module=pickle_module)
             if not isinstance(learner, fastai_learner.Learner):
                 raise TypeError(f"it holds a {type(learner).__name__}")
         except Exception as e:  # a broken pickle can raise anything
@@ -67,7 +74,9 @@ def why_not(error: Exception, found: Found) -> str:
         )
     if found.python and found.python != f"{sys.version_info.major}.{sys.version_info.minor}":
         return f"was pickled under Python {found.python} and cannot be loaded by {here}: use that Python ({reason})"
-    return f"is no learner that can be loaded: something else, cut short, or from versions far from {here} ({reason})"
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"needs the package {error.name.partition('.')[0]}, which is not installed here: pip install it"
+    return f"cannot be loaded as a learner: something else, cut short, or from versions far from {here} ({reason})"
 
 
 def require(thing, what: str) -> None:
@@ -78,9 +87,23 @@ def require(thing, what: str) -> None:
         how = "call deployment.export.export_learner(learn, 'model_store') in the program that trained it"
         if kind.python:
             how = f"export with Python {kind.python}, which pickled its code, or {how}"
+        elif package := missing_package(module):
+            how = f"pip install {package}, or {how}"
         elif module != "__main__":
             how = f"make the module {module} importable (PYTHONPATH), or {how}"
         raise ExportError(f"{what} needs {kind.symbol}, which cannot be imported here: {how}")
+
+
+def missing_package(module: str) -> str | None:
+    """The package without which `module`, which is here, cannot be imported; None: `module` itself is missing."""
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        package = (error.name or module).partition(".")[0]
+        return package if package != module.partition(".")[0] else None
+    except Exception:  # of other people's code: any
+        return None
+    return None
 
 
 def name_of(thing) -> str:
@@ -89,14 +112,19 @@ def name_of(thing) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def network(learner) -> torch.nn.Module:
-    """The learner's network, out of DataParallel.
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """`model` out of DataParallel and torch.compile."""
+    while True:
+        if isinstance(model, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(model, torch._dynamo.OptimizedModule):
+            model = model._orig_mod
+        else:
+            return model
 
-    Raises:
-        ExportError: a part of it cannot be imported here.
-    """
-    wrapped = isinstance(learner.model, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel)
-    model = learner.model.module if wrapped else learner.model
+
+def require_network(model: torch.nn.Module) -> None:
+    """Raises ExportError where a part of `model` cannot be imported here, or holds NaN."""
     require(model, "the model")
     parts = [model]
     for part in parts:
@@ -104,21 +132,37 @@ def network(learner) -> torch.nn.Module:
             if child is not None:
                 require(child, f"the model's part {name}")
                 parts.append(child)
-    return model
+    for name, value in model.state_dict().items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.isnan().any():
+            raise ExportError(f"the network's weight {name} holds NaN: the training diverged, and nothing can be served")
 
 
-def photo_class(dls) -> type:
-    """The class as which `dls` opens a photo.
+@contextlib.contextmanager
+def on_cpu(learner) -> Iterator[torch.nn.Module]:
+    """The network of `learner`, with which it predicts for the length of a `with` block on the CPU, in plain memory.
+
+    That is: out of its wrappers, not compiled, and no channels-last layout. All is as it was after the block.
 
     Raises:
-        ExportError: it opens none.
+        ExportError: a part of it cannot be imported here, or holds NaN.
     """
-    from fastai.vision.core import PILBase
-
-    kinds = [k for kind in dls.valid_ds.tls[0].types for k in (kind if isinstance(kind, list | tuple) else [kind])]
-    for kind in reversed(kinds):
-        require(kind, "the opening of photos")
-        if issubclass(kind, PILBase):
-            return kind
-    what = "text" if any("text" in kind.__module__ for kind in kinds) else name_of(kinds[-1])
-    raise ExportError(f"the learner's input is no photo: {what} is not supported")
+    before, device, model = learner.model, learner.dls.device, unwrapped(learner.model)
+    require_network(model)
+    tensors = [*model.parameters(), *model.buffers()]
+    data = [tensor.data for tensor in tensors]
+    compiled = {part: part._compiled_call_impl for part in model.modules() if part._compiled_call_impl is not None}
+    try:
+        learner.model = model.eval()
+        for tensor in tensors:
+            tensor.data = tensor.data.to("cpu", memory_format=torch.contiguous_format)
+        for part in compiled:
+            part._compiled_call_impl = None
+        learner.dls.to("cpu")
+        yield model
+    finally:
+        for tensor, value in zip(tensors, data, strict=True):
+            tensor.data = value
+        for part, call in compiled.items():
+            part._compiled_call_impl = call
+        learner.dls.to(device)
+        learner.model = before

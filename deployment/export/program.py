@@ -3,52 +3,121 @@
 import contextlib
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from ..config import Config
-from .learner import ExportError
+from ..runtime.pytorch import ServedModel, warm_up_size
+from .learner import ExportError, unwrapped
 
 
-def capture(network: nn.Module, n_in: int, img_size: Sequence[int], free_size: bool = False) -> ExportedProgram:
-    """`network` as a program: float32 (N, n_in, H, W), any N, to its output.
+class WithOwnTransforms(nn.Module):
+    """A network with the reader's own batch transforms in front of it."""
 
-    Height and width are those of `img_size`, or free with `free_size`.
+    def __init__(self, transforms: list[Callable], network: nn.Module):
+        super().__init__()
+        self.transforms, self.network = transforms, network
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for transform in self.transforms:
+            x = transform(x)
+        return self.network(x)
+
+
+def capture(module: nn.Module, example: torch.Tensor, free_axes: Sequence[int] = (0,)) -> ExportedProgram:
+    """`module` as a program of `torch.export`, for inputs like `example` whose `free_axes` may have any length.
 
     Raises:
-        ExportError: what the network computes depends on the photo in a way that no program can hold.
+        ExportError: what the module computes depends on its input in a way that no program can hold.
     """
-    h, w = img_size
-    free = {0: Dim.DYNAMIC}
-    if free_size:  # where sizes do not fit, a network may resize: with odd sides it does, and the program always will
-        h, w, free = h | 1, w | 1, free | {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
-    example = torch.rand(2, n_in, h, w, generator=torch.Generator().manual_seed(0))
+    free = dict.fromkeys(free_axes, Dim.DYNAMIC)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.export(plain(network, example), (example,), dynamic_shapes=(free,), strict=False)
+            program = torch.export.export(module, (example,), dynamic_shapes=(free,), strict=False)
     except Exception as error:  # of the network, or of torch.export, which has many
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise ExportError(f"torch.export cannot capture the network {type(network).__name__}: {reason}") from error
+        raise ExportError(f"torch.export cannot capture {name_of_network(module)}: {reason}") from error
     program.example_inputs = None  # they would be saved with it, as a pickle
     return program
 
 
-def capture_widest(network: nn.Module, config: Config) -> ExportedProgram:
-    """`capture` for photos as `config` makes them: of every size where they keep their own and the network can."""
-    if config.keeps_photo_size:
+def name_of_network(module: nn.Module) -> str:
+    """What to call `module` in an error."""
+    inner = module.network if isinstance(module, WithOwnTransforms | ServedModel) else module
+    own = ", with batch transforms of your own" if isinstance(module, WithOwnTransforms) else ""
+    return f"the network {type(inner).__name__}{own}"
+
+
+def capture_network(
+    network: nn.Module, transforms: list[Callable], shape: Sequence[int], free_size: bool
+) -> ExportedProgram:
+    """`network` behind the reader's own batch `transforms`: float32 (N, channels, H, W), any N, to logits.
+
+    Args:
+        shape: (channels, H, W) of an input.
+        free_size: take inputs of every height and width, where the network can.
+
+    Raises:
+        ExportError: it cannot be captured.
+    """
+    channels, h, w = shape
+    random = torch.Generator().manual_seed(0)
+    module = plain(network, torch.rand(2, network_channels(network, channels), h, w, generator=random))
+    if transforms:
+        module = WithOwnTransforms(transforms, module)
+    if free_size:  # where sizes do not fit, a network may resize: with odd sides it does, and the program always will
         with contextlib.suppress(ExportError):
-            return capture(network, config.n_in, config.img_size, free_size=True)
-    return capture(network, config.n_in, config.img_size)
+            return capture(module, torch.rand(2, channels, h | 1, w | 1, generator=random), (0, 2, 3))
+    return capture(module, torch.rand(2, channels, h, w, generator=random))
 
 
-def has_free_size(program: ExportedProgram) -> bool:
-    """Whether `program` takes photos of every height and width."""
-    photo = next(node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs)
-    return not isinstance(photo.meta["val"].shape[2], int)
+def network_channels(network: nn.Module, channels: int) -> int:
+    """The channels that `network` takes, by its first convolution; `channels` where it has none."""
+    return next((part.in_channels for part in network.modules() if isinstance(part, nn.Conv2d)), channels)
+
+
+def capture_served(model: ServedModel, config: Config) -> ExportedProgram:
+    """The served `model` of `config`, from pixels (N, H, W, channels) to outputs: of every size where it can be free.
+
+    Raises:
+        ExportError: it cannot be captured.
+    """
+    h, w, channels = warm_up_size(config)
+    random = np.random.default_rng(0)
+
+    def example(h: int, w: int) -> torch.Tensor:
+        return torch.from_numpy((255 * random.random((2, h, w, channels))).astype(config.dtype))
+
+    if free_pixels(config):
+        with contextlib.suppress(ExportError):
+            return capture(model, example(h | 1, w | 1), (0, 1, 2))
+    return capture(model, example(h, w))
+
+
+def free_pixels(config: Config) -> bool:
+    """Whether the served model sees images of several sizes."""
+    return config.pixels_size is None
+
+
+def free_sides(program: ExportedProgram) -> list[list[int | None]] | None:
+    """The least and the greatest height and width of images that `program` holds for; None: its size is fixed.
+
+    None in place of a number: there is no limit. A network that branches on the size is captured on one side of it.
+    """
+    node = next(node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs)
+    sides = []
+    for side in node.meta["val"].shape[2:]:
+        if isinstance(side, int):
+            return None
+        limits = program.range_constraints.get(side.node.expr)
+        low, high = (int(limits.lower), limits.upper) if limits is not None else (0, None)
+        sides.append([low if low > 2 else None, int(high) if high is not None and str(high).isdigit() else None])
+    return sides
 
 
 def plain(network: nn.Module, example: torch.Tensor) -> nn.Module:
@@ -63,6 +132,8 @@ def plain(network: nn.Module, example: torch.Tensor) -> nn.Module:
         for name, child in parent._modules.items():
             if type(child).__name__ == "ToTensorBase" and type(child).__module__ == "fastai.layers":
                 parent._modules[name] = nn.Identity()
+            elif child is not None:
+                parent._modules[name] = unwrapped(child)
         for tensors in (parent._parameters, parent._buffers):
             for name, value in tensors.items():
                 if isinstance(value, torch.Tensor) and type(value) not in (torch.Tensor, nn.Parameter):

@@ -1,5 +1,6 @@
-"""Prove that a network and its configuration answer as the learner does: both on the same photos, bit for bit."""
+"""Prove that what is served answers as the learner does: both on the same files, from file to answer, bit for bit."""
 
+import json
 import math
 from pathlib import Path
 
@@ -7,124 +8,226 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .. import answers
 from ..config import Config
-from ..photos import Preprocessor
-from ..runtime import decode, load_network
-from .learner import ExportError, network, photo_class
-from .tasks import decision
+from ..handler import Handler
+from ..photos import Preprocessor, to_array
+from ..protocol import Rejected, Request, as_json
+from ..runtime.pytorch import ServedModel
+from .learner import ExportError
+from .predict import Steps, changing_callback, predict_file
+from .transforms import ImagePipeline
 
-BATCH = 4  # photos, at most, that are also compared as one batch
+BATCH = 4  # images, at most, that are also compared as one batch
+LARGE = (3000, 4000)  # (height, width) of a phone's photo
 
 
-def find_photos(folder: Path | str) -> list[Path]:
+class NetworkDiffers(ExportError):
+    """The copy of the network gives other logits than the learner's."""
+
+
+def find_images(folder: Path | str) -> list[Path]:
     """The image files in `folder` and below it.
 
     Raises:
         ExportError: there are none.
     """
-    known = Image.registered_extensions()
-    photos = sorted(p for p in Path(folder).rglob("*") if p.is_file() and p.suffix.lower() in known)
-    if not photos:
-        raise ExportError(f"no photos to check in {folder}")
-    return photos
+    known = Image.registered_extensions().keys() | {".dcm", ".npy"}
+    images = sorted(p for p in Path(folder).rglob("*") if p.is_file() and p.suffix.lower() in known)
+    if not images:
+        raise ExportError(f"no images to check in {folder}")
+    return images
 
 
-def sample_photos(folder: Path | str, img_size: list[int]) -> list[Path]:
-    """Write generated photos into `folder`: larger, smaller, wider and taller than `img_size`, in the usual modes."""
-    h, w = img_size
+def sample_images(folder: Path | str, size: list[int], large: bool) -> list[Path]:
+    """Write generated images into `folder`: of `size` (height, width) in the usual modes, and of other sizes.
+
+    One is dark, one is to be turned by its EXIF orientation, one has 16 bits. With `large` one has 12 megapixels.
+    """
+    h, w = size
     rng = np.random.default_rng(0)
-    photos = []
-    for width, height, mode, name in (
-        (w, h, "RGB", "same.png"),
-        (w * 3 // 2, h * 7 // 4, "RGB", "tall.jpg"),
-        (w * 2 + 1, h + 3, "RGBA", "wide.png"),
-        (w * 2 // 3 + 1, h * 3 // 4, "L", "small.png"),
-        (w + 5, h + 1, "P", "palette.png"),
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    images = []
+    for width, height, mode, name, options in (
+        (w, h, "RGB", "same.png", {}),
+        (w, h, "RGB", "turned.jpg", {"exif": turned}),
+        (w, h, "dark", "dark.png", {}),
+        (w, h, "I;16", "16-bit.png", {}),
+        (w * 3 // 2, h * 7 // 4, "RGB", "tall.jpg", {}),
+        (w * 2 + 1, h + 3, "RGBA", "wide.png", {}),
+        (w * 2 // 3 + 1, h * 3 // 4, "L", "small.png", {}),
+        (w + 5, h + 1, "P", "palette.png", {}),
+        *([(LARGE[1], LARGE[0], "smooth", "large.jpg", {})] if large else []),
     ):
-        blobs = Image.fromarray(rng.integers(0, 256, (6, 8, 4), np.uint8)).resize((width, height), Image.BICUBIC)
-        photo = np.array(blobs) + rng.normal(0, 20, (height, width, 4))
-        photo = Image.fromarray(photo.clip(0, 255).astype(np.uint8))
-        photos.append(Path(folder, name))
-        (photo if mode == "RGBA" else photo.convert("RGB").convert(mode)).save(photos[-1])
-    return photos
+        image = Image.fromarray(rng.integers(0, 256, (6, 8, 4), np.uint8)).resize((width, height), Image.BICUBIC)
+        if mode != "smooth":
+            pixels = np.array(image) + rng.normal(0, 20, (height, width, 4))
+            pixels = pixels.clip(0, 255) * (0.1 if mode == "dark" else 1)
+            image = Image.fromarray(pixels.astype(np.uint8))
+        if mode == "I;16":
+            image = Image.fromarray(np.array(image.convert("L")).astype(np.uint16) * 257)
+        elif mode != "RGBA":
+            image = image.convert("RGB").convert(mode if mode in ("L", "P") else "RGB")
+        images.append(Path(folder, name))
+        image.save(images[-1], **options)
+    return images
 
 
-def size_of(photo: Path) -> list[int]:
-    """(height, width) of `photo`."""
-    with Image.open(photo) as image:
-        return [image.height, image.width]
+def prove(
+    learner, model: torch.nn.Module, config: Config, folder: Path | str, images: list[Path], pipeline: ImagePipeline
+) -> None:
+    """Predict `images` with `learner`, whose network is `model`, and with what is served from `folder`.
 
-
-def prove(learner, config: Config, folder: Path | str, photos: list[Path], tolerance: float = 0.0) -> None:
-    """Predict `photos` with `learner` and with its copy, each through its own pipeline, one photo at a time.
+    The answers are compared, of each file alone; then the logits of several images in one batch.
 
     Raises:
-        ExportError: a value differs anywhere (a logit on a GPU: by more than `tolerance`); the message says where the
-            difference begins.
+        ExportError: a value differs anywhere; the message names the image and the step where the difference begins.
     """
-    model, opener = network(learner), photo_class(learner.dls)
-    device = next(model.parameters()).device
-    if tolerance and device.type == "cpu":
-        raise ExportError("a tolerance is for GPUs: on a CPU the copy is exact")
-    copy, preprocessor = load_network(config, folder).to(device), Preprocessor(config)
-    masks, batches = config.task == "segmentation", {}
-    for path in photos:
-        try:
-            photo = opener.create(path)
-        except Exception as e:  # decoders raise all kinds of errors on broken files
-            raise ExportError(f"{path} cannot be opened: {e}") from e
-        data = learner.dls.test_dl([photo], bs=1, num_workers=0)
-        x, logits, values, decided = predict(learner, model, data)
-
-        opened = preprocessor.open(path.read_bytes())
-        resized = preprocessor.resize(opened)
-        our_x = preprocessor.to_tensor(resized)[None].to(device)
-        if not torch.equal(x, our_x):
-            item = np.array(data.after_item((photo,))[0])
-            stage = "after the batch transforms"
-            if not np.array_equal(np.array(photo), np.array(opened)):
-                stage = "as opened"
-            elif not np.array_equal(item, np.array(resized).reshape(*resized.size[::-1], -1).transpose(2, 0, 1)):
-                stage = "after the item transforms"
-            raise ExportError(f"{path.name}: the photo {stage} differs from the learner's")
-
-        with torch.inference_mode():
-            our_logits = copy(our_x)
-        if logits.dtype != our_logits.dtype:
-            raise ExportError(f"the learner computes in {logits.dtype}: call learn.to_fp32() first")
-        apart = (logits - our_logits).abs().max().item() if logits.shape == our_logits.shape else math.inf
-        if not (torch.equal(logits, our_logits) or apart <= tolerance):
-            begin = f", first in {first_difference(model, copy, x)}" if config.arch else ""
-            raise ExportError(f"{path.name}: the logits differ by {apart:.3g}{begin}")
-        ours = decode(our_logits, config.activation, config.threshold, masks)
-        if not masks and not (torch.equal(values.reshape(ours.shape), ours) or apart <= tolerance > 0):
-            raise ExportError(f"{path.name}: the {'values' if config.activation is None else 'probabilities'} differ")
-        our_decision = decision(ours, config.task, config.threshold)
-        different = int((decided.reshape(our_decision.shape).to(our_decision) != our_decision).sum())
-        if different and not (apart <= tolerance > 0):
-            what = f"the masks differ in {different} pixels" if masks else "the decoded answers differ"
-            raise ExportError(f"{path.name}: {what}")
-        batches.setdefault(x.shape, []).append(x)
-    for batch in batches.values():
-        x = torch.cat(batch[:BATCH] * (BATCH if len(batch) == 1 else 1))
-        with torch.inference_mode():
-            apart = (model.eval()(x).as_subclass(torch.Tensor) - copy(x)).abs().max().item()
-        if not apart <= tolerance:
-            raise ExportError(f"the logits of {len(x)} photos in one batch differ by {apart:.3g}")
+    handler, served = Handler(), ServedModel(config, folder)
+    handler.load(folder, gpu=-1)
+    batches = {}
+    for path in images:
+        theirs = predict_file(learner, model, path, pipeline.skip)
+        if not torch.equal(theirs.x, theirs.seen):
+            who = changing_callback(learner, model, path, pipeline.skip)
+            raise ExportError(f"{path.name}: {who} changes the batch after the transforms, which serving cannot repeat")
+        x = compare_pixels(path, theirs, handler.preprocessor, served, bool(pipeline.own))
+        compare_logits(path, theirs, x, served, model)
+        compare_answers(path, theirs, handler)
+        batches.setdefault(x.shape, []).append((theirs.x, x))
+    for pairs in batches.values():
+        compare_batch(pairs[:BATCH] * (BATCH if len(pairs) == 1 else 1), model, served)
+    sizes = f" of {len(batches)} sizes" if len(batches) > 1 else ""
+    names = ", ".join(path.name for path in images[:3]) + (", …" if len(images) > 3 else "")
+    print(f"proven on {len(images)} images{sizes} ({names}): from file to answer as learn.predict, bit for bit")
 
 
-def predict(learner, model, data) -> tuple[torch.Tensor, ...]:
-    """What `learn.predict` makes of the one photo in `data`: the model's input, logits, after activation, decoded."""
-    seen = []
-    hook = model.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
+def compare_pixels(
+    path: Path, theirs: Steps, preprocessor: Preprocessor, served: ServedModel, own_inside: bool
+) -> torch.Tensor:
+    """What the served network gets, (1, channels, height, width).
+
+    Args:
+        own_inside: the network begins with the reader's own batch transforms.
+
+    Raises:
+        ExportError: the image is not opened, resized or transformed as the learner does it.
+    """
     try:
-        # Without the recorder, whose metrics may be stand-ins, and the callbacks that follow it: fastai marks them.
-        of_training = [callback for callback in learner.cbs if getattr(callback, "remove_on_fetch", False)]
-        with learner.no_bar(), learner.no_logging(), learner.removed_cbs(of_training):
-            values, _, decided = learner.get_preds(dl=data, with_decoded=True)
-    finally:
-        hook.remove()
-    return tuple(value.detach().as_subclass(torch.Tensor) for value in (*seen[-1], values, decided))
+        opened = preprocessor.open(path.read_bytes())
+        pixels = preprocessor.to_pixels(preprocessor.resize(opened))
+    except Rejected as error:
+        raise ExportError(f"{path.name}: the server refuses it ({error.message}): leave it out of --check") from error
+    except TypeError as error:
+        raise ExportError(f"{path.name}: {error}") from error
+    if not preprocessor.config.opener and not same_pixels(theirs.opened, opened):
+        raise ExportError(f"{path.name}: the image as opened differs from the learner's")
+    item = as_pixels(theirs.item)
+    if item is not None and item.dtype == pixels.dtype and not np.array_equal(item, pixels):
+        begin = first_pixel(item, pixels)
+        raise ExportError(f"{path.name}: the image after the item transforms differs from the learner's: {begin}")
+    with torch.inference_mode():
+        x = served.batch_transforms(torch.from_numpy(np.ascontiguousarray(pixels))[None])
+    if not own_inside and not torch.equal(theirs.x, x):
+        raise ExportError(f"{path.name}: the image after the batch transforms differs from the learner's")
+    return x
+
+
+def same_pixels(theirs, ours) -> bool:
+    """Whether an image that the learner opened is ours. What is no Pillow image is compared as an item later."""
+    return not isinstance(theirs, Image.Image) or np.array_equal(to_array(theirs), to_array(ours))
+
+
+def as_pixels(item) -> np.ndarray | None:
+    """`item`, a tensor (channels, height, width), as (height, width, channels); None for something else."""
+    if not isinstance(item, torch.Tensor) or item.ndim != 3:
+        return None
+    return item.detach().as_subclass(torch.Tensor).permute(1, 2, 0).numpy()
+
+
+def first_pixel(theirs: np.ndarray, ours: np.ndarray) -> str:
+    """What differs first between two images: their shapes, or a pixel."""
+    if theirs.shape != ours.shape:
+        return f"{theirs.shape} against {ours.shape}"
+    y, x, _ = np.argwhere(theirs != ours)[0]
+    return f"{theirs[y, x].tolist()} against {ours[y, x].tolist()} in row {y}, column {x}"
+
+
+def compare_logits(
+    path: Path, theirs: Steps, x: torch.Tensor, served: ServedModel, model: torch.nn.Module
+) -> None:
+    """Raises NetworkDiffers where the networks differ, ExportError where the learner's own logits cannot be served."""
+    if theirs.logits.isnan().any():
+        raise ExportError(f"{path.name}: the learner's own logits are NaN, so there is no answer to serve")
+    with torch.inference_mode():
+        ours = served.network(x)
+    if theirs.logits.dtype != ours.dtype:
+        raise ExportError(f"the learner computes in {theirs.logits.dtype}: call learn.to_fp32() first")
+    if torch.equal(theirs.logits, ours):
+        return
+    apart = (theirs.logits - ours).abs().max().item() if theirs.logits.shape == ours.shape else math.inf
+    raise NetworkDiffers(
+        f"{path.name}: the logits differ by {apart:.3g}, first in {first_difference(model, served.network, theirs.x)}"
+    )
+
+
+def compare_answers(path: Path, theirs: Steps, handler: Handler) -> None:
+    """Raises ExportError where the handler's answer to the file is not the learner's."""
+    job = handler.preprocess({"body": path.read_bytes()})
+    handler.inference([item for item in job.items if not item.error])
+    response = handler.postprocess(job)
+    ours, expected = json.loads(response.body), learner_answer(theirs, handler, job.items[0].size)
+    if ours == expected:
+        return
+    if response.status != 200:
+        raise ExportError(f"{path.name}: the server answers with an error, {ours['message']}")
+    different = next(key for key in expected if ours.get(key) != expected[key])
+    if different == "base64_prediction":
+        mask = np.asarray(theirs.decoded).astype(np.uint8)
+        wrong = int((job.items[0].output != mask).sum())
+        raise ExportError(f"{path.name}: the masks differ in {wrong} pixels")
+    raise ExportError(
+        f"{path.name}: `{different}` of the answer differs: learn.predict says {short(expected[different])}, "
+        f"the server {short(ours.get(different))}"
+    )
+
+
+def short(value) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def learner_answer(theirs: Steps, handler: Handler, size: tuple[int, int]) -> dict:
+    """The JSON answer for an image of `size` (width, height), of what `learn.predict` returned for its file."""
+    config, values = handler.config, theirs.values[0].float().numpy().reshape(-1)
+    if config.task == "segmentation":
+        mask = np.asarray(theirs.decoded).astype(np.uint8)
+        answer = answers.segmentation_answer(mask.reshape(mask.shape[-2:]), config.classes, "json", None)
+    elif config.task == "classification":
+        ranked = answers.ranked(values, config.classes, None)
+        answer = {"label": str(theirs.decoded), "probabilities": ranked}
+    elif config.task == "multi-label":
+        labels = [str(label) for label in theirs.decoded]
+        answer = {"labels": labels, "probabilities": answers.ranked(values, config.classes, None)}
+    elif config.task == "points":
+        answer = answers.make_answer(theirs.decided.reshape(-1).numpy(), handler.preprocessor, Request([]), size)
+    else:
+        decoded = np.asarray(theirs.decoded, np.float32).reshape(-1)
+        answer = {"values": [answers.number(value) for value in decoded]}
+    return json.loads(json.dumps(as_json(answer)))
+
+
+def compare_batch(pairs: list[tuple[torch.Tensor, torch.Tensor]], model: torch.nn.Module, served: ServedModel) -> None:
+    """Raises NetworkDiffers where the networks give other logits for several images in one batch.
+
+    `pairs` have what the learner's network gets of an image, and what the served one does.
+    """
+    theirs, ours = (torch.cat(images) for images in zip(*pairs, strict=True))
+    with torch.inference_mode():
+        apart = (model(theirs).as_subclass(torch.Tensor) - served.network(ours)).abs().max().item()
+    if apart != 0:
+        raise NetworkDiffers(f"the logits of {len(theirs)} images in one batch differ by {apart:.3g}")
 
 
 def first_difference(original, copy, x: torch.Tensor) -> str:

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..runtime import ACTIVATIONS, decode
+from ..runtime.pytorch import ACTIVATIONS, decode
 from .learner import ExportError, name_of, require
 
 
@@ -10,43 +10,56 @@ def describe_task(learner, output: torch.Size) -> dict:
     """`task`, `activation`, `threshold` and `classes` of a learner whose network gives logits of the shape `output`.
 
     Raises:
-        ExportError: its task is none that can be served, or `learn.predict` makes no answer with its loss.
+        ExportError: its task cannot be served, or `learn.predict` makes no answer with its loss.
     """
     kinds, transforms = target(learner.dls)
     if len(output) == 4:
-        refuse_photos(kinds)
+        refuse_images(kinds)
         decoding = describe_decoding(learner.loss_func, "segmentation", (2, output[1], 24, 17))
         return {"task": "segmentation", **decoding, "classes": class_names(learner.dls, output[1])}
     task, n_out = named_task(kinds, transforms), output[1] if len(output) == 2 else 1
     if task == "segmentation" or len(output) > 2:
-        raise ExportError(f"the network gives values of shape {tuple(output[1:])} for a photo, which suits no {task}")
+        raise ExportError(f"the network gives values of shape {tuple(output[1:])} for an image, which is not what {task} needs")
     classes = []
     if task in ("classification", "multi-label"):
         classes = [str(name) for transform in transforms for name in getattr(transform, "vocab", None) or []]
         if len(classes) != n_out or len(set(classes)) < len(classes):
             raise ExportError(
-                f"the network gives {n_out} values, for which the learner has not as many names: {classes}"
+                f"the network gives {n_out} values, but the learner has the names {classes}"
             )
     if task == "points" and n_out % 2:
-        raise ExportError(f"the network gives {n_out} values, which are no points of x and y")
+        raise ExportError(f"the network gives {n_out} values, which cannot be points of x and y")
     return {"task": task, **describe_decoding(learner.loss_func, task, (64, n_out)), "classes": classes}
 
 
 def target(dls) -> tuple[list[type], list]:
-    """What the label of a photo goes through in `dls`: the classes that it takes, and the transforms.
+    """What the label of an image goes through in `dls`: the classes that it takes, and the transforms.
 
     Raises:
-        ExportError: there is more than one label to a photo.
+        ExportError: there is more than one label for an image.
     """
     tls = dls.valid_ds.tls
     for tl in tls:
         if any(kind.__name__ in ("TensorBBox", "LabeledBBox") for kind in flat(tl.types)):
             raise ExportError("boxes around objects (BBoxBlock) are not supported")
     if len(tls) != 2:
-        raise ExportError(f"learners with {len(tls) - 1} labels for a photo are not supported: one there must be")
+        raise ExportError(f"learners with {len(tls) - 1} labels for an image are not supported, only with one")
     for transform in tls[1].tfms.fs:
         require(transform, "the labels")
+        if not known_decoding(transform):
+            raise ExportError(
+                f"the labels' transform {name_of(transform)} decodes answers in a way of its own, which serving does "
+                "not know: train on labels that are transformed already"
+            )
     return flat(tls[1].types), list(tls[1].tfms.fs)
+
+
+def known_decoding(transform) -> bool:
+    """Whether `transform`, of the labels, decodes nothing, or as fastai's own classes do."""
+    from fastai.data.transforms import Categorize, EncodedMultiCategorize, MultiCategorize, OneHotEncode, RegressionSetup
+
+    own = (Categorize, MultiCategorize, EncodedMultiCategorize, OneHotEncode, RegressionSetup)
+    return type(transform) in own or getattr(transform, "decodes", None) is None
 
 
 def flat(types) -> list[type]:
@@ -58,7 +71,7 @@ def named_task(kinds: list[type], transforms: list) -> str:
     """The task of a learner whose labels go through `transforms` and are of `kinds` on the way.
 
     Raises:
-        ExportError: it is none that can be served.
+        ExportError: it cannot be served.
     """
     from fastai.data.transforms import Categorize, EncodedMultiCategorize, MultiCategorize, RegressionSetup
     from fastai.vision.core import PILMask, TensorPoint
@@ -74,17 +87,17 @@ def named_task(kinds: list[type], transforms: list) -> str:
         return "points"
     if any(issubclass(kind, PILMask) for kind in kinds):
         return "segmentation"
-    refuse_photos(kinds)
+    refuse_images(kinds)
     names = ", ".join(name_of(kind) for kind in kinds)
     raise ExportError(f"labels of {names} are not supported: only masks, categories, numbers and points are")
 
 
-def refuse_photos(kinds: list[type]) -> None:
-    """Raises ExportError when the labels are photos themselves."""
+def refuse_images(kinds: list[type]) -> None:
+    """Raises ExportError when the labels are images themselves."""
     from fastai.vision.core import PILBase, PILMask
 
     if any(issubclass(kind, PILBase) and not issubclass(kind, PILMask) for kind in kinds):
-        raise ExportError("learners from photo to photo are not supported: a label is a photo there")
+        raise ExportError("learners from image to image are not supported: their labels are images")
 
 
 def describe_decoding(loss_func, task: str, shape: tuple[int, ...]) -> dict:
@@ -127,7 +140,7 @@ def describe_decoding(loss_func, task: str, shape: tuple[int, ...]) -> dict:
 
 
 def decision(values: torch.Tensor, task: str, threshold: float | None) -> torch.Tensor:
-    """What `learn.predict` says first, of what `runtime.decode` returns: one class, a yes for each, or the values."""
+    """What `learn.predict` says first, of what `runtime.pytorch.decode` returns: one class, a yes for each, or the values."""
     if task == "classification":
         return values.argmax(dim=1)
     return values > threshold if task == "multi-label" else values

@@ -1,8 +1,6 @@
 """Processes and ports of this machine: start a server so that it never outlives its parent, find a free port."""
 
 import contextlib
-import functools
-import math
 import os
 import random
 import signal
@@ -19,25 +17,6 @@ read _; kill -s TERM -- "-$1"
 for second in 1 2 3 4 5 6 7 8 9 10; do sleep 1; kill -s 0 -- "-$1" || exit; done
 kill -s KILL -- "-$1"
 """
-
-
-def cores() -> int:
-    """The number of cores this process may really use: its CPU affinity, or less where a cgroup grants less."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        available = min(available, max(1, math.ceil(int(quota) / int(period))))
-    return available
-
-
-@functools.cache
-def gpus() -> int:
-    """The number of GPUs that PyTorch can use. It is asked only where there is a driver: importing it takes seconds."""
-    if not any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg", "/proc/driver/nvidia/version"))):
-        return 0
-    import torch
-
-    return torch.cuda.device_count()
 
 
 def free_ports(n: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""The body of a request to `app`: read within limits, and the fields of a form. TorchServe does this in Java."""
+"""The body of a request to our own server: read within limits, and the fields of a form. TorchServe does this in Java."""
 
 from http import HTTPStatus
 
@@ -6,7 +6,7 @@ import anyio
 import python_multipart
 from starlette.requests import Request
 
-from .protocol import Rejected, bad_request, too_large
+from ..protocol import Rejected, bad_request, too_large
 
 MAX_BYTES = 20 * 2**20  # of a request, as config.properties has it for TorchServe
 READ_SECONDS = 60  # that a request may take to arrive
@@ -37,7 +37,7 @@ async def read_body(request: Request) -> bytes:
 def read_fields(body: bytes, content_type: str) -> dict[str, bytes]:
     """The fields of a multipart form, by name; any other body is the one field `body`, whatever its type says.
 
-    Clients call a photo all kinds of things; curl --data-binary and urllib call it a form of text fields.
+    Clients call an image all kinds of things; curl --data-binary and urllib call it a form of text fields.
 
     Raises:
         Rejected: 400 for a multipart form that cannot be read.

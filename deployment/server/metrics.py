@@ -1,8 +1,8 @@
-"""What `app` counts for Prometheus, under the names and labels that TorchServe gives it."""
+"""What our own server counts for Prometheus, under the names and labels that TorchServe gives it."""
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from .protocol import Rejected
+from ..protocol import Rejected
 
 LABELS = ("ModelName", "Level")
 STEPS = {
@@ -11,21 +11,22 @@ STEPS = {
 }
 REQUESTS = Counter("ts_inference_requests_total", "Requests for predictions that were let in", LABELS)
 BATCH_REQUESTS = Histogram("batch_requests", "Requests that are computed as one: always 1 here", LABELS)
-BATCH_PHOTOS = Histogram("batch_photos", "Photos in a request", LABELS)
+BATCH_PHOTOS = Histogram("batch_photos", "Images in a request", LABELS)
 # A gauge, because a counter would be called rejected_inputs_total.
-REJECTED = Gauge("rejected_inputs", "Requests, or photos of a request, that got an error", ("Reason", *LABELS))
+REJECTED = Gauge("rejected_inputs", "Requests, or images of a request, that got an error", ("Reason", *LABELS))
 
 
 def count_request(model: str) -> None:
     REQUESTS.labels(model, "Model").inc()
 
 
-def observe_answer(model: str, times: list[float], photos: int) -> None:
-    """A request that went through the three steps: `times` has the seconds at which each began and the last ended."""
-    for step, begin, end in zip(STEPS.values(), times, times[1:], strict=False):
-        step.labels(model, "Model").observe(end - begin)
+def observe_answer(model: str, began: float, read: float, computed: float, drawn: float, images: int) -> None:
+    """A request of `images` that went through the three steps, between these seconds."""
+    STEPS["preprocess"].labels(model, "Model").observe(read - began)
+    STEPS["inference"].labels(model, "Model").observe(computed - read)
+    STEPS["postprocess"].labels(model, "Model").observe(drawn - computed)
     BATCH_REQUESTS.labels(model, "Model").observe(1)
-    BATCH_PHOTOS.labels(model, "Model").observe(photos)
+    BATCH_PHOTOS.labels(model, "Model").observe(images)
 
 
 def count_errors(model: str, errors: list[Rejected]) -> None:

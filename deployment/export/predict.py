@@ -1,0 +1,87 @@
+"""What `learn.predict(FILE)` does, step by step."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .learner import ExportError, name_of
+
+
+@dataclass
+class Steps:
+    """What a learner made of one file."""
+
+    opened: Any  # a Pillow image, or whatever else the learner opens images as
+    item: Any  # after the item transforms: (channels, height, width)
+    x: torch.Tensor  # after the batch transforms: (1, channels, height, width)
+    seen: torch.Tensor  # by the network: the same, unless a callback changes it
+    logits: torch.Tensor
+    values: torch.Tensor  # after the loss function's activation: (1, …)
+    decided: torch.Tensor  # after its `decodes`: (1, …)
+    decoded: Any  # what `learn.predict` returns first: after the decoding of the labels' transforms
+
+
+def predict_file(learner, model: torch.nn.Module, path: Path, skip: int = 0) -> Steps:
+    """What `learner`, whose network is `model`, predicts for the file at `path`.
+
+    Args:
+        skip: steps of the opening that are left out, see `transforms.ImagePipeline`.
+
+    Raises:
+        ExportError: the file cannot be opened, the network does not take the image, or what it gives is not a tensor.
+    """
+    from fastai.torch_core import tuplify
+
+    data = learner.dls.test_dl([path], bs=1, num_workers=0, rm_type_tfms=skip or None)
+    try:
+        opened = data.dataset[0][0]
+    except Exception as error:  # decoders raise all kinds of errors on broken files
+        raise ExportError(f"{path.name}: the learner cannot open it ({one_line(error)})") from error
+    try:
+        x = data.one_batch()[0]  # which tells the transforms that this is no training
+        item = data.after_item(data.dataset[0])[0]
+    except Exception as error:  # of a transform: any
+        raise ExportError(f"{path.name}: the learner's transforms fail ({one_line(error)})") from error
+    seen = []
+    hook = model.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
+    # Without the recorder, whose metrics may be stand-ins, and the callbacks that follow it: fastai marks them.
+    of_training = [callback for callback in learner.cbs if getattr(callback, "remove_on_fetch", False)]
+    try:
+        with learner.no_bar(), learner.no_logging(), learner.removed_cbs(of_training):
+            inputs, values, _, decided = learner.get_preds(dl=data, with_input=True, with_decoded=True)
+            output = seen[-1][1]
+            if isinstance(output, torch.Tensor):
+                decoded = learner.dls.decode_batch((inputs, *tuplify(decided)))[0][1:]
+    except Exception as error:  # of the network, a callback, the loss function or the labels' transforms: any
+        size = "" if not isinstance(x, torch.Tensor) else f" of {' × '.join(map(str, x.shape[-2:]))} pixels"
+        raise ExportError(
+            f"{path.name}: the learner fails on an image{size}, {one_line(error)}; give images as it gets them with "
+            "--check DIR"
+        ) from error
+    finally:
+        hook.remove()
+    if not isinstance(output, torch.Tensor):
+        raise ExportError(f"the network gives {name_of(output)} and not a tensor, which serving cannot answer with")
+    tensors = (x, seen[-1][0], output, values, decided)
+    return Steps(opened, item, *map(plain_tensor, tensors), decoded[0] if len(decoded) == 1 else decoded)
+
+
+def plain_tensor(value: torch.Tensor) -> torch.Tensor:
+    """`value` without fastai's class."""
+    return value.detach().as_subclass(torch.Tensor)
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def changing_callback(learner, model: torch.nn.Module, path: Path, skip: int) -> str:
+    """The name of the callback without which the network sees the batch as it is; or that there are several."""
+    for callback in list(learner.cbs):
+        with learner.removed_cbs([callback]):
+            steps = predict_file(learner, model, path, skip)
+        if torch.equal(steps.x, steps.seen):
+            return f"the callback {name_of(callback)}"
+    return "a callback"

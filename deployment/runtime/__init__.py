@@ -1,0 +1,85 @@
+"""What computes: the model in a folder, by PyTorch on a CPU or a GPU, or by OpenVINO on a CPU.
+
+Each of them is imported only where it is used: an OpenVINO model is served without torch.
+"""
+
+import contextlib
+import functools
+import importlib
+import math
+import os
+from pathlib import Path
+
+from ..config import Config
+from .queue import ImageQueue
+
+# By runtime, the default first. What is eager's is for a GPU, auto being what answers as fp32 there; a CPU has fp32.
+PRECISIONS = {"eager": ("auto", "fp32", "fp16", "bf16"), "openvino": ("fp32", "bf16", "int8")}
+
+
+class RuntimeUnavailable(RuntimeError):
+    """A runtime cannot be used: its package is missing, or it cannot do what is asked; the message says which."""
+
+
+def load(config: Config, folder: Path | str, gpu: int | None = None, threads: int | None = None) -> ImageQueue:
+    """The model in `folder` as a function from images to outputs, warm: it has run already. Any thread may call it.
+
+    An image is an array (height, width, channels) of `config.dtype`; see `photos.Preprocessor`. Its output is a mask,
+    uint8 (height, width), or float32 (n): probabilities, values, or x and y of each point in turn, from -1 to 1.
+
+    Args:
+        gpu: the index of the GPU that PyTorch computes on; None: the first; without one, and for -1, it is the CPU.
+        threads: that compute; None: what OMP_NUM_THREADS says, else as PyTorch or OpenVINO have it by themselves.
+
+    Raises:
+        RuntimeUnavailable: there is no such runtime or precision, or its package is missing.
+        FileNotFoundError: `folder` lacks the model's file.
+    """
+    check_runtime(config.runtime, config.precision)
+    if config.runtime == "openvino":
+        import_optional("openvino")
+        from .openvino import load_openvino
+
+        threads = threads or int(os.environ.get("OMP_NUM_THREADS") or cores())
+        return load_openvino(Path(folder, "fastunet.xml"), threads, config.precision)
+    from .pytorch import load_pytorch
+
+    return load_pytorch(config, folder, gpu, threads)
+
+
+def check_runtime(runtime: str, precision: str) -> None:
+    """Raises RuntimeUnavailable where there is no such runtime, or it has no such precision."""
+    if precision not in PRECISIONS.get(runtime, ()):
+        choices = ", ".join(f"{name} ({'/'.join(p)})" for name, p in PRECISIONS.items())
+        raise RuntimeUnavailable(f"no runtime {runtime!r} with precision {precision!r}: there are {choices}")
+
+
+def import_optional(package: str):
+    """The module `package`, which only some runtimes need.
+
+    Raises:
+        RuntimeUnavailable: it is not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise RuntimeUnavailable(f"this runtime needs `{package}`: pip install {package} ({error})") from None
+
+
+def cores() -> int:
+    """The number of cores this process may really use: its CPU affinity, or less where a cgroup grants less."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        available = min(available, max(1, math.ceil(int(quota) / int(period))))
+    return available
+
+
+@functools.cache
+def gpus() -> int:
+    """The number of GPUs that PyTorch can use. It is asked only where there is a driver: importing it takes seconds."""
+    if not any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg", "/proc/driver/nvidia/version"))):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()

