@@ -1,4 +1,6 @@
-"""How good masks are: agreement, accuracy and IoU, by hand-made masks."""
+"""How good answers are: agreement, accuracy, IoU and errors, by hand-made ones."""
+
+import dataclasses
 
 import pytest
 import torch
@@ -6,7 +8,7 @@ from conftest import SMALL
 from PIL import Image
 
 from deployment.export import ExportError
-from deployment.export.accuracy import compare_masks, mask_scores, read_label
+from deployment.export.accuracy import compare, compare_masks, mask_scores, read_label
 from deployment.photos import Preprocessor
 
 
@@ -32,6 +34,22 @@ def test_the_drop_is_the_larger_of_both():
     assert report["pixel_accuracy"] == {"original": 1, "converted": 0.9}
     assert report["mean_iou"] == {"original": 1, "converted": 0.45}
     assert (report["agreement"], report["drop"]) == (0.9, 55)
+
+
+@pytest.mark.parametrize(
+    ("labels", "drop"),
+    [
+        ([20.0], 5),  # a single one has no range: relative to its size
+        ([20.0, 20.0], 5),
+        ([0.0], 100),
+        ([10.0, 20.0], 10),
+    ],
+)
+def test_errors_are_relative_to_the_range_of_the_labels_if_they_have_one(labels, drop):
+    config = dataclasses.replace(SMALL, task="regression", n_classes=1, classes=[])
+    truth = [torch.tensor([[label]]) for label in labels]
+    report = compare(config, truth, [label + 1 for label in truth], truth)
+    assert report["mean_error"] == {"original": 0, "converted": 1} and report["drop"] == drop
 
 
 @pytest.mark.parametrize(("value", "message"), [(7, "class 7, but the model knows 4 classes"), (None, "no label")])

@@ -15,6 +15,8 @@ from PIL import Image
 from deployment import ai_platform
 from deployment.ai_platform import jobs
 from deployment.ai_platform.__main__ import main, remedy
+from deployment.ai_platform.client import known_endpoints
+from deployment.archive import fetch
 from tests.conftest import CODES, draw_photo, encoded
 from tests.vertex_stand_in import vertex_ai
 
@@ -25,7 +27,7 @@ IMAGE = "us-central1-docker.pkg.dev/local-project/fastunet/serve"
 
 
 @pytest.fixture(scope="module")
-def service(model_store, next_version, tmp_path_factory):
+def stand_in(model_store, next_version, tmp_path_factory):
     empty = tmp_path_factory.mktemp("empty")
     images = {f"{IMAGE}:1": model_store, f"{IMAGE}:2": next_version, f"{IMAGE}:empty": empty}
     with pytest.MonkeyPatch.context() as environment, vertex_ai(images) as service:
@@ -34,6 +36,14 @@ def service(model_store, next_version, tmp_path_factory):
         yield service
         running = [container.process for container in service.containers.values()]
     assert all(process.poll() is not None for process in running)
+
+
+@pytest.fixture
+def service(stand_in):
+    """The stand-in with nothing in it, whatever the test before left there."""
+    yield stand_in
+    stand_in.clear()
+    known_endpoints.clear()
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +182,59 @@ def test_batch_of_large_photos(service, predict, tmp_path, monkeypatch, capsys):
     with pytest.raises(RuntimeError, match="404"):
         ai_platform.batch(["gs://local-bucket/none.jsonl"], "gs://local-bucket/out", "batch", batch_size=1)
     assert len(ai_platform.delete("batch")) == 5
+
+
+def test_a_running_version_is_scaled_in_place(service, monkeypatch, capsys):
+    def scaling() -> tuple[int, int, int]:
+        [deployed] = ai_platform.get_endpoint("scaled").list_models()
+        resources = deployed.dedicated_resources
+        return (
+            resources.min_replica_count,
+            resources.max_replica_count,
+            resources.autoscaling_metric_specs[0].target,
+        )
+
+    monkeypatch.setenv("SERVER", "uvicorn")  # in the image that the stand-in starts
+    ai_platform.upload(f"{IMAGE}:1", name="scaled")
+    endpoint = ai_platform.deploy("scaled")
+    assert scaling() == (1, 1, 60)
+    main(["deploy", "--name=scaled", "--max-replicas=5"])
+    assert scaling() == (1, 5, 60) and "1 to 5 replica(s)" in capsys.readouterr().out
+    main(["deploy", "--name=scaled"])  # what is not said stays as it is
+    assert scaling() == (1, 5, 60) and "version 1 is deployed to endpoint scaled already" in capsys.readouterr().out
+    ai_platform.deploy("scaled", min_replicas=2, max_replicas=5, target=80)
+    assert scaling() == (2, 5, 80)
+    ai_platform.deploy("scaled", min_replicas=7)
+    assert scaling() == (7, 7, 80)
+    assert service.calls.count("MutateDeployedModel") == 3 and service.calls.count("DeployModel") == 1
+    with pytest.raises(exceptions.InvalidArgument, match="max_replica_count must be at least"):
+        ai_platform.deploy("scaled", max_replicas=3)
+    with pytest.raises(ValueError, match="with --min-replicas 7, which cannot become 0 in place"):
+        ai_platform.deploy("scaled", min_replicas=0)
+    with pytest.raises(ValueError, match="deployed with 100 % of the traffic"):
+        ai_platform.deploy("scaled", max_replicas=9, share=50)
+    assert scaling() == (7, 7, 80)
+
+    [deployed] = endpoint.list_models()
+    for id, path, error in [
+        (deployed.id, "dedicated_resources.machine_spec", exceptions.InvalidArgument),
+        ("5", "dedicated_resources.min_replica_count", exceptions.NotFound),
+    ]:
+        wrong = {"endpoint": endpoint.resource_name, "deployed_model": {"id": id}, "update_mask": {"paths": [path]}}
+        with pytest.raises(error):
+            endpoint.api_client.mutate_deployed_model(request=wrong)
+
+
+def test_fetch_leaves_out_what_lies_in_subfolders(service):
+    for path in ("fastunet.mar", "old/fastunet.mar", "old/street.mar", "fastunet.mar.bak"):
+        for folder in ("", "models/"):  # at the top of the bucket, and in a folder
+            storage.Client().bucket("local-bucket").blob(folder + path).upload_from_string(folder + path)
+    for folder in ("", "models/"):
+        for name in (None, "fastunet"):
+            [archive] = fetch(f"gs://local-bucket/{folder}", name).iterdir()
+            assert archive.name == "fastunet.mar" and archive.read_text() == f"{folder}fastunet.mar"
+    with pytest.raises(FileNotFoundError, match="no archive street.mar in gs://local-bucket/models"):
+        fetch("gs://local-bucket/models", "street")
 
 
 def test_lines_per_request():

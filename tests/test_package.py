@@ -1,70 +1,87 @@
-"""The package as a whole: who imports whom, how long a file is, and that the folder works where it is copied to."""
+"""The package as a whole: who imports whom, how long things are, and that the folder works where it is copied to."""
 
 import ast
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 import torch
 from conftest import ROOT
 
 from deployment import archive
+from deployment.config import read_config
 from deployment.handler import Handler
 
 DEPLOYMENT = ROOT / "deployment"
-FILES = sorted(path.relative_to(DEPLOYMENT).as_posix() for path in DEPLOYMENT.rglob("*.py"))
-SERVERS = {"server/app.py"}
-LIMITS = {"handler.py": 200, "model.py": 330}  # lines
+FILES = {path.relative_to(DEPLOYMENT).as_posix(): path.read_text() for path in sorted(DEPLOYMENT.rglob("*.py"))}
+WITHOUT_TORCH = ["handler.py", "photos.py", "answers.py", "protocol.py", "config.py"]
+WITHOUT_TORCH += [f"runtime/{name}.py" for name in ("__init__", "queue", "openvino")]
+MAY_IMPORT_HANDLER = ("server/", "bulk.py", "serve.py")
+MAX_LINES = {"a file": 350, "a function": 60}
 
 
-def imports(file: str) -> set[str]:
-    """The dotted names that a file of `deployment/` imports, wherever in it; `from a import b` counts as `a.b`."""
+def imports(file: str, everywhere: bool = True) -> Iterator[str]:
+    """The dotted names that a file of `deployment/` imports; `from a import b` counts as `a.b`.
+
+    With `everywhere` those in functions count too, else only what the import of the file imports.
+    """
     package = ["deployment", *Path(file).parent.parts]
-    names = set()
-    for node in ast.walk(ast.parse((DEPLOYMENT / file).read_text())):
+    tree = ast.parse(FILES[file])
+    for node in ast.walk(tree) if everywhere else tree.body:
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             above = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*above, *([node.module] if node.module else [])])
-            names |= {f"{module}.{alias.name}" for alias in node.names}
-    return names
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def tops(file: str, everywhere: bool = True) -> set[str]:
+    """The packages that a file imports."""
+    return {name.split(".")[0] for name in imports(file, everywhere)}
 
 
 def test_the_imports_of_a_file_are_found():
-    assert {"torch.Tensor", "deployment.config.Config", "config.Config", "importlib"} <= imports("runtime.py")
-    assert {"deployment.protocol", "protocol", "deployment.reports.observe"} <= imports("handler.py")
-    assert "ts.metrics.dimension.Dimension" in imports("reports.py")  # within a function
-    assert {"deployment.config.Config", "deployment.export.learner.network", "fastai"} <= imports("export/describe.py")
+    assert {"deployment.runtime", "deployment.config.read_config", "importlib.util"} <= {*imports("handler.py")}
+    assert "ts" in tops("handler.py") and "ts" not in tops("handler.py", everywhere=False)  # within a function
+    assert {"torch", "fastai"} <= set().union(*(tops(file) for file in FILES if file.startswith("export/")))
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_only_servers_import_the_handler(file):
-    if file not in SERVERS:
-        assert not [name for name in imports(file) if "handler" in name.split(".")]
+def test_dependencies_point_one_way():
+    wrong = []
+    for file in FILES:
+        names = set(imports(file))
+        if not file.startswith("export/"):
+            wrong += [(file, top) for top in tops(file) & {"fastai", "fastcore", "nncf", "onnx"}]
+            wrong += [(file, name) for name in names if name.startswith("deployment.export")]
+        if not file.startswith(MAY_IMPORT_HANDLER):
+            wrong += [(file, name) for name in names if name.startswith("deployment.handler")]
+        if file in WITHOUT_TORCH:
+            wrong += [(file, top) for top in tops(file, everywhere=False) & {"torch", "torchvision"}]
+    assert not wrong
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if not file.startswith("export/")])
-def test_only_the_export_knows_fastai(file):
-    tops = {name.split(".")[0] for name in imports(file)}
-    assert not tops & {"fastai", "fastcore", "nncf", "onnx"}
-    assert not [name for name in imports(file) if name.startswith("deployment.export")]
+def test_code_can_be_read_in_one_go():
+    long = {}
+    for file, text in FILES.items():
+        lines = {file: ("a file", text.count("\n"))}
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines[f"{file}: {node.name}"] = ("a function", node.end_lineno - node.lineno + 1)
+        long |= {name: n for name, (kind, n) in lines.items() if n > MAX_LINES[kind]}
+    assert not long
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_a_file_can_be_read_in_one_go(file):
-    lines = (DEPLOYMENT / file).read_text().count("\n")
-    assert lines <= LIMITS.get(file, 350)
+def test_only_the_handler_knows_that_it_may_be_imported_by_itself():
+    assert [file for file, text in FILES.items() if "__package__" in text] == ["handler.py"]
 
 
-# --- the page, which lives outside ---
-
-
-def test_a_page_can_color_masks_without_torch():
-    script = "import sys; sys.modules['torch'] = None; from deployment.answers import palette; palette(['Sky'])"
+def test_the_handler_needs_no_torch():
+    script = "import sys; sys.modules['torch'] = sys.modules['torchvision'] = None\n"
+    script += "import deployment.handler; from deployment.answers import palette; palette(['Sky'])"  # as the page does
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -96,37 +113,43 @@ from {module} import Handler
 handler = Handler()
 handler.load({store!r})
 job = handler.preprocess({{"body": open({photo!r}, "rb").read()}})
-handler.inference(job.photos)
+handler.inference(job.items)
 response = handler.postprocess(job)
 assert response.status == 200 and not any(name.split(".")[0] == "deployment" for name in sys.modules)
 sys.stdout.buffer.write(response.body)
 """
 
 
-@pytest.mark.parametrize("how", ["under another name", "side by side"])
-def test_answers_without_fastai_where_it_is_copied_to(how, small_store, photo, tmp_path):
-    """`deployment/` as `serving/`, then its modules flat in one folder with the model, as they lie in the archive."""
-    if how == "side by side":
-        for name in ("handler.py", "model.py", *archive.MODULES):
-            shutil.copy(DEPLOYMENT / name, tmp_path)
-        for path in small_store.iterdir():
-            shutil.copy(path, tmp_path)
-        store, module = tmp_path, "handler"
-    else:
-        shutil.copytree(DEPLOYMENT, tmp_path / "serving", ignore=shutil.ignore_patterns("__pycache__"))
-        store, module = small_store, "serving.handler"
-    (tmp_path / "photo.png").write_bytes(photo)
-    script = ANSWER.format(module=module, store=str(store), photo=str(tmp_path / "photo.png"))
+def answer_there(folder: Path, module: str, store: Path, photo: Path) -> bytes:
+    """The answer of the handler in `module`, which lies in `folder`, with the model in `store`."""
+    script = ANSWER.format(module=module, store=str(store), photo=str(photo))
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, env=env, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
-    assert done.stdout == answer_here(small_store, photo)
+    return done.stdout
 
 
-def answer_here(store: Path, photo: bytes) -> bytes:
+def answer_here(store: Path, photo: Path) -> bytes:
     torch.set_num_threads(1)
     handler = Handler()
     handler.load(store)
-    job = handler.preprocess({"body": photo})
-    handler.inference(job.photos)
+    job = handler.preprocess({"body": photo.read_bytes()})
+    handler.inference(job.items)
     return handler.postprocess(job).body
+
+
+def test_answers_without_fastai_where_it_is_copied_to(small_store, photo, tmp_path):
+    """`deployment/` as `serving/`, then its files in one folder with the model, as they lie in the archive."""
+    file = tmp_path / "photo.png"
+    file.write_bytes(photo)
+    here = answer_here(small_store, file)
+
+    shutil.copytree(DEPLOYMENT, tmp_path / "serving", ignore=shutil.ignore_patterns("__pycache__"))
+    assert answer_there(tmp_path, "serving.handler", small_store, file) == here
+
+    unpacked = tmp_path / "unpacked"
+    shutil.copytree(small_store, unpacked)
+    for name in ("handler.py", *archive.code_files(read_config(small_store))):
+        (unpacked / name).parent.mkdir(exist_ok=True)
+        shutil.copy(DEPLOYMENT / name, unpacked / name)
+    assert answer_there(unpacked, "handler", unpacked, file) == here

@@ -25,6 +25,7 @@ What is not
 
 import atexit
 import contextlib
+import copy
 import functools
 import http.server
 import json
@@ -64,6 +65,7 @@ PARENT = f"projects/{PROJECT}/locations/{LOCATION}"
 MAX_BYTES = {"shared": 1_500_000, "dedicated": 10_000_000}  # a request or an answer, by kind of endpoint
 IMAGE_URI = re.compile(r"[a-z0-9-]+-docker\.pkg\.dev/[^/]+/[^/]+/.+|([a-z]+\.)?gcr\.io/.+")
 ACCELERATORS = {"NVIDIA_TESLA_T4": "n1-", "NVIDIA_L4": "g2-"}  # accelerator: the machine types that take it
+SCALING = ("min_replica_count", "max_replica_count", "autoscaling_metric_specs")  # can be changed in place
 METRICS = ("cpu/utilization", "accelerator/duty_cycle", "request_count")
 
 
@@ -278,13 +280,7 @@ class VertexAI:
         check_machine(resources.machine_spec)
         beta = aiplatform_v1beta1.DedicatedResources.deserialize(type(resources).serialize(resources))
         to_zero = "scale_to_zero_spec" in beta and 0 < beta.initial_replica_count <= beta.max_replica_count
-        check(resources.min_replica_count >= 1 or to_zero, "min_replica_count must be at least 1.")
-        check(not resources.max_replica_count or resources.max_replica_count >= resources.min_replica_count,
-              "max_replica_count must be at least min_replica_count.")  # fmt: skip
-        for spec in resources.autoscaling_metric_specs:
-            metric = spec.metric_name.removeprefix("aiplatform.googleapis.com/prediction/online/")
-            check(metric in METRICS, f"Unknown autoscaling metric {spec.metric_name}.")
-            check(spec.target >= 1 and (metric == "request_count" or spec.target <= 100), "Target out of range.")
+        check_scaling(resources, to_zero)
         self._check_traffic(endpoint, split, extra=("0",))
         deployed.id, deployed.create_time = deployed.id or new_id(), time_now()
         deployed.model, deployed.model_version_id = f"{model.name}@{model.version_id}", model.version_id
@@ -299,6 +295,25 @@ class VertexAI:
             return types.DeployModelResponse(deployed_model=deployed)
 
         return self._later(deploy, "v1beta1" if to_zero else "v1")
+
+    def MutateDeployedModel(self, request: types.MutateDeployedModelRequest) -> operations_pb2.Operation:
+        endpoint, new = self._endpoint(request.endpoint), request.deployed_model.dedicated_resources
+        deployed = next((d for d in endpoint.deployed_models if d.id == request.deployed_model.id), None)
+        check(deployed, f"{request.deployed_model.id} is not deployed here.", exceptions.NotFound)
+        check(request.update_mask.paths, "update_mask is required.")
+        changed = copy.deepcopy(deployed.dedicated_resources)
+        for path in request.update_mask.paths:
+            place, _, field = path.rpartition(".")
+            check(place == "dedicated_resources" and field in SCALING, f"Cannot update {path}.")
+            setattr(changed, field, getattr(new, field))
+        check_scaling(changed, to_zero=not deployed.dedicated_resources.min_replica_count)
+
+        def mutate() -> types.MutateDeployedModelResponse:
+            with self.lock:
+                deployed.dedicated_resources = changed
+            return types.MutateDeployedModelResponse(deployed_model=deployed)
+
+        return self._later(mutate, "v1")
 
     def UndeployModel(self, request: types.UndeployModelRequest) -> operations_pb2.Operation:
         endpoint, id = self._endpoint(request.endpoint), request.deployed_model_id
@@ -483,6 +498,13 @@ class VertexAI:
         self.workers.submit(run)
         return operation
 
+    def clear(self) -> None:
+        """Forgets all that was made, and stops what runs."""
+        for container in list(self.containers.values()):
+            container.stop()
+        for made in (self.containers, self.models, self.endpoints, self.jobs, self.operations, self.calls):
+            made.clear()
+
     def stop(self) -> None:
         for container in list(self.containers.values()):
             container.stop()
@@ -496,6 +518,16 @@ def check_machine(spec: types.MachineSpec) -> None:
         check(spec.accelerator_count > 0, "accelerator_count is required with accelerator_type.")
         check(spec.machine_type.startswith(ACCELERATORS.get(name, "")),
               f"{name} needs a {ACCELERATORS.get(name)}* machine, not {spec.machine_type}.")  # fmt: skip
+
+
+def check_scaling(resources: types.DedicatedResources, to_zero: bool) -> None:
+    check(resources.min_replica_count >= 1 or to_zero, "min_replica_count must be at least 1.")
+    check(not resources.max_replica_count or resources.max_replica_count >= resources.min_replica_count,
+          "max_replica_count must be at least min_replica_count.")  # fmt: skip
+    for spec in resources.autoscaling_metric_specs:
+        metric = spec.metric_name.removeprefix("aiplatform.googleapis.com/prediction/online/")
+        check(metric in METRICS, f"Unknown autoscaling metric {spec.metric_name}.")
+        check(spec.target >= 1 and (metric == "request_count" or spec.target <= 100), "Target out of range.")
 
 
 def matching(resources, filter: str) -> list:

@@ -14,13 +14,13 @@ knows for the usual ones what helps.
 from .client import (
     connect,
     delete,
-    deploy,
     find_endpoint,
     get_endpoint,
     overview,
     traffic,
     upload,
 )
+from .deployments import deploy
 from .jobs import batch, batch_results, error_in
 from .online import mask, predict, request_body
 

@@ -56,8 +56,15 @@ def remedy(error: Exception, command: str = "", project: str = "PROJECT", image:
     return ""
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """argparse's own, which adds the default to each option, but for options that have none, or name it themselves."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        named = action.default in (None, False) or "(default:" in (action.help or "")
+        return action.help if named else super()._get_help_string(action)
+
+
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    show = argparse.ArgumentDefaultsHelpFormatter
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--name", default="fastunet", help="name of the model and of the endpoint")
     common.add_argument("--project", help="Google Cloud project (default: the credentials' own)")
@@ -68,21 +75,18 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     machines.add_argument("--version", help="version or alias of the model (default: the newest)")
     machines.add_argument("--accelerator", choices=ACCELERATORS, default="none", help="GPU of each replica")
     machines.add_argument("--machine", help="machine type (default: one that carries the accelerator)")
-    machines.add_argument("--max-replicas", type=int, default=1, help="grow to so many machines")
     answers = argparse.ArgumentParser(add_help=False)
     answers.add_argument("--format", choices=["png", "overlay"], help="write masks (.png) or overlays (.jpg) to --out")
     answers.add_argument("--size", choices=["original"], help="masks at the photos' own size")
     answers.add_argument("--top", type=int, help="only so many probabilities, the highest")
     answers.add_argument("--out", type=Path, default=".", help="folder for the pictures")
 
-    parser = argparse.ArgumentParser(
-        prog="python -m deployment.ai_platform",
-        description="Host the serving image on Google Cloud: Vertex AI, now Gemini Enterprise Agent Platform.",
-    )
+    about = "Host the serving image on Google Cloud: Vertex AI, now Gemini Enterprise Agent Platform."
+    parser = argparse.ArgumentParser(prog="python -m deployment.ai_platform", description=about)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, help: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=help, description=help, parents=[common, *parents], formatter_class=show)
+        return commands.add_parser(name, help=help, description=help, parents=[common, *parents], formatter_class=Help)
 
     p = command("upload", "register an image as the model's newest version")
     p.add_argument("image", help="REGION-docker.pkg.dev/PROJECT/REPOSITORY/NAME:TAG")
@@ -90,13 +94,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--torch-backend", default="cpu", help="that the image was built with; deploy warns by it")
 
     p = command("deploy", "put a version behind the endpoint; make the endpoint where there is none", machines)
-    p.add_argument(
-        "--min-replicas",
-        type=int,
-        default=1,
-        help="each costs all day; 0: none while nobody asks (preview)",
-    )
-    p.add_argument("--target", type=int, default=60, help="percent of GPU (or CPU) use that adds a machine")
+    kept = "(default: as it is deployed, else"
+    p.add_argument("--min-replicas", type=int, help=f"each costs all day; 0: a preview, none in idle hours {kept} 1)")
+    p.add_argument("--max-replicas", type=int, help=f"grow to so many machines {kept} 1)")
+    p.add_argument("--target", type=int, help=f"percent of GPU (or CPU) use that adds a machine {kept} 60)")
     p.add_argument("--share", type=int, help="percent of the traffic (default: 100 on a new endpoint, else 0)")
     p.add_argument("--shared", action="store_true", help="a shared endpoint: 1.5 MB a request; dedicated: 10 MB")
     p.add_argument("--spot", action="store_true", help="Spot machines: cheaper, and may be taken away at any time")
@@ -109,6 +110,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     p = command("batch", "predict many images by a job, from and to Cloud Storage", machines, answers)
     p.add_argument("source", nargs="+", help='image files, or gs:// files of {"b64": …} lines')
     p.add_argument("--to", required=True, metavar="gs://BUCKET/FOLDER", help="where the results go")
+    p.add_argument("--max-replicas", type=int, default=1, help="grow to so many machines")
     p.add_argument("--batch-size", type=int, help="photos in one request (default: as many as the server takes)")
     p.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="of one request, as the model's configuration")
 

@@ -60,22 +60,12 @@ def batch(
     model = aiplatform.Model(name, version=version)
     inputs = [str(s) for s in source if str(s).startswith("gs://")]
     files = [Path(s) for s in source if not str(s).startswith("gs://")]
-    for path in files:  # all of them before anything is sent
-        if 4 * path.stat().st_size / 3 > MAX_BYTES:
-            raise ValueError(f"{path} is larger than the container takes ({MAX_BYTES / 1e6:g} MB as base64)")
-    client, sizes = storage_client(), []
-    if batch_size is None:
-        for uri in inputs:
-            with progress(f"reading {uri}, for the size of a request"), open_blob(uri, client, "rb") as lines:
-                sizes += [(len(line), pixels(json.loads(line))) for line in lines if line.strip()]
+    check_sizes(files)
+    client = storage_client()
+    sizes = [size for uri in inputs for size in measure(uri, client)] if batch_size is None else []
     if files:
         uri = f"{destination.rstrip('/')}/input-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
-        with progress(f"sending {len(files)} image(s) to {uri}"), open_blob(uri, client, "wb") as lines:
-            for path in files:
-                instance = {"b64": base64.b64encode(path.read_bytes()).decode(), "name": str(path)}
-                line = json.dumps(instance).encode() + b"\n"
-                sizes.append((len(line), pixels(instance)))
-                lines.write(line)
+        sizes += send(files, uri, client)
         inputs.append(uri)
     gpu, carrier = ACCELERATORS[accelerator]
     with progress(f"batch prediction with version {model.version_id} (often 10 minutes before the first image)"):
@@ -92,6 +82,31 @@ def batch(
             batch_size=batch_size or lines_per_request(sizes, max_pixels),
         )
     return job.output_info.gcs_output_directory
+
+
+def check_sizes(files: Sequence[Path]) -> None:
+    """ValueError for an image file that no request can hold; for all of them before anything is sent."""
+    for path in files:
+        if 4 * path.stat().st_size / 3 > MAX_BYTES:
+            raise ValueError(f"{path} is larger than the container takes ({MAX_BYTES / 1e6:g} MB as base64)")
+
+
+def measure(uri: str, client: "storage.Client") -> list[tuple[int, int]]:
+    """The bytes and the pixels of each line in `uri`."""
+    with progress(f"reading {uri}, for the size of a request"), open_blob(uri, client, "rb") as lines:
+        return [(len(line), pixels(json.loads(line))) for line in lines if line.strip()]
+
+
+def send(files: Sequence[Path], uri: str, client: "storage.Client") -> list[tuple[int, int]]:
+    """Writes image files to `uri`, one `{"b64": …, "name": …}` a line; the bytes and the pixels of each line."""
+    sizes = []
+    with progress(f"sending {len(files)} image(s) to {uri}"), open_blob(uri, client, "wb") as lines:
+        for path in files:
+            instance = {"b64": base64.b64encode(path.read_bytes()).decode(), "name": str(path)}
+            line = json.dumps(instance).encode() + b"\n"
+            sizes.append((len(line), pixels(instance)))
+            lines.write(line)
+    return sizes
 
 
 def pixels(instance: dict) -> int:

@@ -90,9 +90,14 @@ def compare(config: Config, original: list[Tensor], converted: list[Tensor], lab
         truth = torch.cat(labels)
         name, before, after = (*score(ours, truth, config), score(theirs, truth, config)[1])
         report[name] = {"original": round(before, 5), "converted": round(after, 5)}
-        lost = before - after if name != "mean_error" else (after - before) / (truth.max() - truth.min()).item()
+        lost = before - after if name != "mean_error" else (after - before) / scale_of(truth)
         report["drop"] = round(100 * lost, 3)
     return report
+
+
+def scale_of(truth: Tensor) -> float:
+    """The range of the numbers in `truth`; their size where all are equal, as with a single label, and 1 for zeros."""
+    return (truth.max() - truth.min()).item() or truth.abs().max().item() or 1.0
 
 
 def score(decided: Tensor, truth: Tensor, config: Config) -> tuple[str, float]:

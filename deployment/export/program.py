@@ -126,7 +126,8 @@ def plain(network: nn.Module, example: torch.Tensor) -> nn.Module:
     Its layer `ToTensorBase` only changes the class. `example` goes through it once: hooks that compute a weight leave
     one that can be copied then.
     """
-    network.eval()(example.to(next(network.parameters()).device))
+    with torch.no_grad():
+        network.eval()(example)
     network = copy.deepcopy(network).cpu().requires_grad_(False)
     for parent in list(network.modules()):
         for name, child in parent._modules.items():

@@ -239,9 +239,10 @@ def read_batch_transforms(dls, pipeline: ImagePipeline, scaled: bool) -> None:
     for transform in dls.valid.after_batch.fs:
         kind = type(transform)
         require(transform, "a transform of the images")
-        if getattr(transform, "split_idx", None) == 0 or is_noop(transform):
-            continue
+        # These note in `split_idx` what they saw last, and act on every split.
         affine = isinstance(transform, AffineCoordTfm) and kind.__module__ == AffineCoordTfm.__module__
+        if not affine and (getattr(transform, "split_idx", None) == 0 or is_noop(transform)):
+            continue
         if affine or kind is RandomResizedCropGPU:
             if not scaled or pipeline.mean is not None or pipeline.own:
                 raise ExportError(f"the batch transform {name_of(transform)} must come before Normalize and your own")

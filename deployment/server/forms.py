@@ -1,4 +1,4 @@
-"""The body of a request to our own server: read within limits, and the fields of a form. TorchServe does this in Java."""
+"""The body of a request to our own server, within limits, and the fields of a form. TorchServe does this in Java."""
 
 from http import HTTPStatus
 
