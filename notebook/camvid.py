@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from fastai.vision.all import URLs, untar_data
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -53,6 +52,8 @@ def get_data(name: str | Path) -> Path:
             draw_scenes(SCENES)
         path = SCENES
     elif name == "camvid_tiny":
+        from fastai.vision.all import URLs, untar_data  # slow to import, and needed here alone
+
         try:
             path = untar_data(URLs.CAMVID_TINY)
         except OSError as e:

@@ -1,5 +1,6 @@
 """The data: the scenes and their masks, the checks before training, the split, the metric."""
 
+import json
 import os
 import pickle
 import subprocess
@@ -7,7 +8,6 @@ import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-import nbformat
 import numpy as np
 import pytest
 import torch
@@ -18,12 +18,15 @@ from camvid import DataError, get_data, split_files
 from deployment.export.dataset import label_of, list_photos
 from scenes import CODES, draw_scene
 
-# Batches and metric are defined in notebook 01; a module of its cells makes them importable.
-modeling = sys.modules["modeling"] = ModuleType("modeling")
-for cell in nbformat.read(Path(camvid.__file__).with_name("01_U-net_Modelling.ipynb"), as_version=4).cells:
-    if "definition" in cell.metadata.get("tags", []):
-        exec(cell.source, modeling.__dict__)
-PixelAccuracy, dataloaders, void_index = modeling.PixelAccuracy, modeling.dataloaders, modeling.void_index
+
+@pytest.fixture(scope="module")
+def modeling() -> ModuleType:
+    """Batches and metric as notebook 01 defines them; a module of its cells makes them importable."""
+    module = sys.modules["modeling"] = ModuleType("modeling")
+    for cell in json.loads(Path(camvid.__file__).with_name("01_U-net_Modelling.ipynb").read_text())["cells"]:
+        if "definition" in cell["metadata"].get("tags", []):
+            exec("".join(cell["source"]), module.__dict__)
+    return module
 
 
 @pytest.fixture(scope="session")
@@ -218,7 +221,7 @@ def test_no_network_for_the_download(monkeypatch):
     def offline(url):
         raise OSError("Name or service not known")
 
-    monkeypatch.setattr(camvid, "untar_data", offline)
+    monkeypatch.setattr("fastai.vision.all.untar_data", offline)
     with pytest.raises(DataError, match='could not be downloaded from https://.*DATA="scenes"'):
         get_data("camvid_tiny")
 
@@ -242,11 +245,11 @@ def test_thin_things_are_there_but_rare(scenes_folder):
 # --- the split, the batches, the metric ---
 
 
-def test_the_split_comes_from_valid_txt(folder):
+def test_the_split_comes_from_valid_txt(folder, modeling):
     (folder / "valid.txt").write_text("03.jpg\r\n07\r\n")  # with the ending or without, from any system
     train, valid = split_files(folder)
     assert [p.stem for p in valid] == ["03", "07"] and len(train) == 8
-    dls = dataloaders(folder, bs=2)
+    dls = modeling.dataloaders(folder, bs=2)
     assert [p.stem for p in dls.valid_ds.items] == ["03", "07"]
     assert not set(dls.train_ds.items) & set(dls.valid_ds.items)
 
@@ -259,8 +262,8 @@ def test_without_valid_txt_the_split_is_random_but_fixed(folder):
     assert torch.equal(torch.get_rng_state(), state), "the split must not reseed torch"
 
 
-def test_batches(folder):
-    photos, masks = dataloaders(folder, bs=4).one_batch()
+def test_batches(folder, modeling):
+    photos, masks = modeling.dataloaders(folder, bs=4).one_batch()
     assert photos.shape == (4, 3, 96, 128) and masks.shape == (4, 96, 128)
     assert 0 <= photos.min() and photos.max() <= 1 and set(masks.unique().tolist()) <= {0, 1, 2}
 
@@ -268,8 +271,8 @@ def test_batches(folder):
 @pytest.mark.parametrize(
     "codes, index", [(CODES, 11), (["void", "Road"], 0), (["Animal", "Road", "VOID"], 2), (["Avoid", "Road"], None)]
 )
-def test_void_is_found_by_its_name(codes, index):
-    assert void_index(codes) == index
+def test_void_is_found_by_its_name(codes, index, modeling):
+    assert modeling.void_index(codes) == index
 
 
 def score(metric, batches):
@@ -280,31 +283,31 @@ def score(metric, batches):
     return metric.value
 
 
-def test_accuracy_leaves_void_out_and_weighs_every_pixel_alike():
+def test_accuracy_leaves_void_out_and_weighs_every_pixel_alike(modeling):
     batches = [([[[0, 0]]], [[[0, 1]]]), ([[[2, 2], [0, 1]]], [[[2, 0], [1, 1]]])]
-    assert score(PixelAccuracy(["Sky", "Void", "Road"]), batches) == pytest.approx(2 / 3)
-    assert score(PixelAccuracy(["Sky", "Tree", "Road"]), batches) == pytest.approx(3 / 6)
-    assert score(PixelAccuracy(["Void", "Tree", "Road"]), [([[[0, 0]]], [[[0, 0]]])]) is None
+    assert score(modeling.PixelAccuracy(["Sky", "Void", "Road"]), batches) == pytest.approx(2 / 3)
+    assert score(modeling.PixelAccuracy(["Sky", "Tree", "Road"]), batches) == pytest.approx(3 / 6)
+    assert score(modeling.PixelAccuracy(["Void", "Tree", "Road"]), [([[[0, 0]]], [[[0, 0]]])]) is None
 
 
-def test_metric_and_label_function_travel_by_reference():
-    metric = pickle.loads(pickle.dumps(PixelAccuracy(CODES)))
+def test_metric_and_label_function_travel_by_reference(modeling):
+    metric = pickle.loads(pickle.dumps(modeling.PixelAccuracy(CODES)))
     assert metric.void == 11 and metric.name == "pixel_accuracy"
     assert pickle.loads(pickle.dumps(label_of)) is label_of
 
 
-def test_a_model_that_knows_the_answer_scores_one(folder):
+def test_a_model_that_knows_the_answer_scores_one(folder, modeling):
     """The metric inside a real validation: logits made from the masks themselves."""
     from fastai.vision.all import Learner
 
-    dls = dataloaders(folder, bs=2)
+    dls = modeling.dataloaders(folder, bs=2)
 
     class Oracle(torch.nn.Linear):
         def forward(self, x):
             return torch.nn.functional.one_hot(learn.y.as_subclass(torch.Tensor), 3).movedim(-1, 1).float()
 
     learn = Learner(
-        dls, Oracle(1, 1), loss_func=lambda p, t: p.float().mean(), metrics=PixelAccuracy(["a", "Void", "c"])
+        dls, Oracle(1, 1), loss_func=lambda p, t: p.float().mean(), metrics=modeling.PixelAccuracy(["a", "Void", "c"])
     )
     with learn.no_bar(), learn.no_logging():
         assert learn.validate()[1] == 1.0

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nbformat
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -15,7 +14,10 @@ NOTEBOOKS = sorted((ROOT / "notebook").glob("0*.ipynb"))
 
 
 def read(path):
+    import nbformat  # slow to import
+
     notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
     return notebook, [c for c in notebook.cells if c.cell_type == "code"]
 
 
@@ -26,7 +28,6 @@ def test_all_five_are_there():
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_committed_state_is_one_clean_run(path):
     notebook, cells = read(path)
-    nbformat.validate(notebook)
     assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1)), "run `make notebooks`"
     assert not [o for c in cells for o in c.outputs if o.output_type == "error"]
     assert path.stat().st_size < 1_000_000

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ DEPLOYMENT = ROOT / "deployment"
 FILES = {path.relative_to(DEPLOYMENT).as_posix(): path.read_text() for path in sorted(DEPLOYMENT.rglob("*.py"))}
 WITHOUT_TORCH = ["handler.py", "photos.py", "answers.py", "protocol.py", "config.py"]
 WITHOUT_TORCH += [f"runtime/{name}.py" for name in ("__init__", "queue", "openvino")]
-MAY_IMPORT_HANDLER = ("server/", "bulk.py", "serve.py")
+MAY_IMPORT_HANDLER = ("export/", "server/", "bulk.py", "serve.py")  # the export proves by it
 MAX_LINES = {"a file": 350, "a function": 60}
 
 
@@ -76,7 +77,7 @@ def test_code_can_be_read_in_one_go():
 
 
 def test_only_the_handler_knows_that_it_may_be_imported_by_itself():
-    assert [file for file, text in FILES.items() if "__package__" in text] == ["handler.py"]
+    assert [file for file, text in FILES.items() if re.search(r"\bif (not )?__package__", text)] == ["handler.py"]
 
 
 def test_the_handler_needs_no_torch():

@@ -1,9 +1,9 @@
 """Half precision for a GPU: what it costs in accuracy, measured before it is chosen."""
 
 import dataclasses
-from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -37,22 +37,31 @@ def half_precision(
     model, dtype = ServedModel(config, folder, exact=False), cuda.TYPES[precision]
     half = cuda.in_half(model, dtype)
     if torch.cuda.is_available():
-        model, half, rounding = model.cuda(), half.cuda(), nullcontext()
+        model, half = model.cuda(), half.cuda()
     else:
         print(f"no GPU here: {precision} is emulated on the CPU")
         half.network.float()
-        dtype, rounding = torch.float32, Rounding(dtype)
     original, converted = [], []
     for path in valid:
-        pixels = torch.from_numpy(preprocessor(path.read_bytes()))[None]
+        pixels = torch.from_numpy(np.stack([preprocessor(path.read_bytes())]))
         original.append(cuda.compute(model, pixels, torch.float32).cpu())
-        with rounding:
+        if torch.cuda.is_available():
             converted.append(cuda.compute(half, pixels, dtype).cpu())
+        else:
+            converted.append(emulate(half, pixels, dtype))
     report = compare(config, original, converted, labels)
     print(report_text(report))
     if report.get("drop", 0) > max_drop:
         raise ExportError(f"{precision} loses {report['drop']:.2f} points, more than --max-drop {max_drop:g}")
     return dataclasses.replace(config, accuracy=report)
+
+
+@torch.inference_mode()
+def emulate(model: ServedModel, pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What a GPU with the network in `dtype` makes of `pixels`: `model`, in float32, rounds as it would."""
+    x = model.batch_transforms(pixels).to(dtype).float()
+    with Rounding(dtype):
+        return model.decode(model.network(x))
 
 
 class Rounding(TorchDispatchMode):

@@ -43,9 +43,9 @@ def write_onnx(config: Config, folder: Path | str, images: list[Path]) -> None:
     model, preprocessor = ServedModel(config, folder), Preprocessor(config, folder)
     difference, equal, answers = 0.0, 0, 0
     for path in images:
-        pixels = preprocessor(path.read_bytes())[None]
+        pixels = np.stack([preprocessor(path.read_bytes())])
         with torch.inference_mode():
-            ours = model(torch.from_numpy(np.ascontiguousarray(pixels)))
+            ours = model(torch.from_numpy(pixels))
         theirs = torch.from_numpy(session.run(None, {"images": pixels})[0])
         if ours.is_floating_point():
             scale = max(1.0, ours.abs().max().item()) if config.task in OUTPUTS else 1.0

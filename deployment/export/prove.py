@@ -128,7 +128,7 @@ def compare_pixels(
         begin = first_pixel(item, pixels)
         raise ExportError(f"{path.name}: the image after the item transforms differs from the learner's: {begin}")
     with torch.inference_mode():
-        x = served.batch_transforms(torch.from_numpy(np.ascontiguousarray(pixels))[None])
+        x = served.batch_transforms(torch.from_numpy(np.stack([pixels])))
     if not own_inside and not torch.equal(theirs.x, x):
         raise ExportError(f"{path.name}: the image after the batch transforms differs from the learner's")
     return x

@@ -1,5 +1,6 @@
 """Unpickle what another program, and another Python, pickled: what is missing here is replaced by inert stand-ins."""
 
+import builtins
 import dataclasses
 import functools
 import importlib
@@ -97,9 +98,9 @@ def lenient_pickle(found: Found, own_code: bool) -> types.SimpleNamespace:
         except ImportError:
             return stand_in(name)
 
-    def attribute(thing, name: str):
+    def attribute(thing, name: str, *default):
         try:
-            return getattr(thing, name)
+            return getattr(thing, name, *default)
         except AttributeError:  # such as a function's __annotate__, which Python 3.14 has
             return stand_in(f"{getattr(thing, '__qualname__', thing)}.{name}")
 
@@ -115,6 +116,11 @@ def lenient_pickle(found: Found, own_code: bool) -> types.SimpleNamespace:
             "_function_setstate": nothing,
             "_class_setstate": nothing,
         }
+
+    def dill_function(code, scope, *rest):
+        """A function that dill took apart, whose module may be missing here."""
+        create = importlib.import_module("dill._dill")._create_function
+        return create(code, scope if isinstance(scope, dict) else {"__builtins__": builtins}, *rest)
 
     class Unpickler(pickle._Unpickler):  # the one in Python, whose steps can be changed
         dispatch = pickle._Unpickler.dispatch.copy()
@@ -137,6 +143,8 @@ def lenient_pickle(found: Found, own_code: bool) -> types.SimpleNamespace:
         def find_class(self, module: str, name: str):
             if module.partition(".")[0] == "cloudpickle" and name in cloudpickled:
                 return cloudpickled[name]
+            if (module, name) == ("dill._dill", "_create_function"):
+                return dill_function
             if module in ("builtins", "__builtin__") and name == "getattr":
                 return attribute
             if module.partition(".")[0] == "pathlib":  # Python 3.13 alone has pathlib._local
@@ -146,7 +154,7 @@ def lenient_pickle(found: Found, own_code: bool) -> types.SimpleNamespace:
                 if not (module == "__main__" and here == __package__):  # the trainer's __main__ was another program
                     return super().find_class(module, name)
             except (ImportError, AttributeError):
-                if module.startswith("fastcore."):  # of a learner older than fastai 2.8: why_not says what to do
+                if module.partition(".")[0] in ("fastcore", "dill"):  # of an older fastai, or not installed: see why_not
                     raise
             return stand_in(f"{module}.{name}")
 
