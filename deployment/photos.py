@@ -99,14 +99,14 @@ class Preprocessor:
         Raises:
             Rejected: 400 when they are damaged or cut short.
         """
+        mode = MODES[self.config.channels]
         try:
             image.load()
+            return image if image.mode == mode else image.convert(mode)  # Pillow has no way from LAB to L
         except MemoryError:
             raise
-        except Exception:  # of Pillow's decoders alone: a fault in the code around them is not the image's
+        except Exception:  # of Pillow alone: a fault in the code around it is not the image's
             raise bad_image("the photo is damaged or cut short") from None
-        mode = MODES[self.config.channels]
-        return image if image.mode == mode else image.convert(mode)
 
     def counted_pixels(self, size: tuple[int, int]) -> int:
         """What an image of `size` (width, height) counts for: its pixels, or the model's where these are more."""
@@ -320,8 +320,7 @@ def size_of(image: Image.Image | np.ndarray) -> tuple[int, int]:
 
 
 def viewable(image: Image.Image | np.ndarray) -> Image.Image:
-    """`image` as 8-bit RGB to look at: its first three channels, or its first, stretched to 0..255 unless it has them.
-    """
+    """`image` as 8-bit RGB to look at: its first three channels, or its first, stretched to 0..255 unless it has them."""
     if isinstance(image, Image.Image) and image.mode in ("RGB", "L", "P", "RGBA", "1"):
         return image.convert("RGB")
     pixels = to_array(image)

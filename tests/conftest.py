@@ -9,7 +9,7 @@ import struct
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import httpx
@@ -28,6 +28,7 @@ from deployment.model import DynamicUnetDIY
 from deployment.photos import Preprocessor
 from deployment.runtime import cores
 from deployment.runtime.pytorch import eager
+from deployment.runtime.queue import ImageQueue
 from deployment.serve import is_healthy
 from deployment.server.processes import free_ports, started
 from deployment.server.torchserve import model_status, torchserve, workers_and_threads
@@ -284,26 +285,35 @@ def small_store(tmp_path_factory) -> Path:
     return folder
 
 
-def photo_batch(n: int, height: int = 64, width: int = 64) -> torch.Tensor:
-    """`n` random photos as the network takes them, the same each time."""
-    return torch.rand(n, 3, height, width, generator=torch.Generator().manual_seed(n))
+def image_batch(n: int, height: int = 64, width: int = 64) -> np.ndarray:
+    """`n` random images as the served model takes them, uint8 (n, height, width, 3), the same each time."""
+    return np.random.default_rng(n).integers(0, 256, (n, height, width, 3), np.uint8)
 
 
-def agreement(a: torch.Tensor, b: torch.Tensor) -> float:
+def outputs_of(model: ImageQueue, images: Sequence[np.ndarray]) -> np.ndarray:
+    """What `model` makes of `images`, all of one shape, as one array; raises the error that an image ended with."""
+    outputs = model(images)
+    for output in outputs:
+        if isinstance(output, Exception):
+            raise output
+    return np.stack(outputs)
+
+
+def agreement(a: np.ndarray, b: np.ndarray) -> float:
     """The share of the pixels that are equal in both masks."""
-    assert a.dtype == b.dtype == torch.uint8 and a.shape == b.shape
-    return (a == b).float().mean().item()
+    assert a.dtype == b.dtype == np.uint8 and a.shape == b.shape
+    return float((a == b).mean())
 
 
 @pytest.fixture(scope="session")
-def small_masks(small_store):
-    """A function from a batch to the masks that PyTorch gives with `small_store`."""
-    return eager(SMALL, small_store, torch.device("cpu"))
+def small_masks(small_store) -> Callable[[Sequence[np.ndarray]], np.ndarray]:
+    """A function from images to the masks that PyTorch gives with `small_store`."""
+    return functools.partial(outputs_of, eager(SMALL, small_store))
 
 
 @pytest.fixture(scope="session")
 def camvid_folder(small_masks, tmp_path_factory) -> Path:
-    """Ten photos in CamVid's layout; their labels are what the network says, so that it is right everywhere."""
+    """Ten images in CamVid's layout; their labels are what the network says, so that it is right everywhere."""
     folder = tmp_path_factory.mktemp("camvid")
     rng = np.random.default_rng(0)
     (folder / "images").mkdir()
@@ -311,7 +321,7 @@ def camvid_folder(small_masks, tmp_path_factory) -> Path:
     for i in range(10):
         coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).resize((64, 64), Image.Resampling.BICUBIC)
         coarse.save(folder / "images" / f"{i}.png")
-        mask = small_masks(Preprocessor(SMALL)(encoded(coarse))[None])[0].numpy()
+        mask = small_masks([Preprocessor(SMALL)(encoded(coarse))])[0]
         Image.fromarray(mask).save(folder / "labels" / f"{i}_P.png")
     (folder / "valid.txt").write_text("0.png\n1.png\n2.png\n")
     return folder

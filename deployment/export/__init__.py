@@ -126,7 +126,7 @@ def write_proven(
         open_image = None
     pipeline = read_pipeline(learner.dls, sample_file(folder.parent), open_image is not None)
     if check:
-        images = find_images(check)
+        images = find_images(check, any_file=open_image is not None)
     else:
         images = sample_images(folder.parent, image_size(learner, pipeline), large=pipeline.size is not None)
     config = describe_learner(learner, model, images[0], pipeline, open_image)

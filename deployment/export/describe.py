@@ -7,16 +7,20 @@ import platform
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torchvision
+from PIL import Image
 
 from ..config import Config
 from ..model import DynamicUnetDIY, create_body
 from ..photos import to_array
-from .learner import ExportError, require
-from .predict import predict_file
+from .learner import ExportError, name_of, require
+from .predict import one_line, predict_file
 from .tasks import describe_task
 from .transforms import ImagePipeline
+
+DTYPES = ("uint8", "uint16", "float32")  # of the pixels that a reader's own opener may return
 
 
 def describe_learner(
@@ -37,7 +41,7 @@ def describe_learner(
     for callback in learner.cbs:
         require(callback, "a callback of the learner")
     steps = predict_file(learner, model, image, pipeline.skip)
-    pixels = to_array(open_image(image.read_bytes()) if open_image else steps.opened)
+    pixels = own_pixels(open_image, image) if open_image else to_array(steps.opened)
     logits = steps.logits
     if len(logits) != 1 or logits.ndim not in (1, 2, 4):
         raise ExportError(f"the network gives {tuple(logits.shape)} for one image, which serving cannot answer with")
@@ -64,6 +68,23 @@ def describe_learner(
             "fastai": fastai.__version__,
         },
     )
+
+
+def own_pixels(open_image: Callable, path: Path) -> np.ndarray:
+    """The file at `path` as the reader's `open_image` returns it: (height, width, channels).
+
+    Raises:
+        ExportError: it fails, or returns something else than an image.
+    """
+    try:
+        image = open_image(path.read_bytes())
+    except Exception as error:  # of the reader's function: any
+        raise ExportError(f"{path.name}: open_image fails ({one_line(error)})") from error
+    pixels = to_array(image) if isinstance(image, np.ndarray | Image.Image) else None
+    if pixels is None or pixels.ndim != 3 or str(pixels.dtype) not in DTYPES:
+        what = f"{pixels.dtype} of shape {pixels.shape}" if pixels is not None else name_of(image)
+        raise ExportError(f"{path.name}: open_image returned {what} and not an image of {', '.join(DTYPES)}")
+    return pixels
 
 
 def as_program(config: Config, channels: int) -> Config:

@@ -26,14 +26,15 @@ class NetworkDiffers(ExportError):
     """The copy of the network gives other logits than the learner's."""
 
 
-def find_images(folder: Path | str) -> list[Path]:
-    """The image files in `folder` and below it.
+def find_images(folder: Path | str, any_file: bool = False) -> list[Path]:
+    """The image files in `folder` and below it; with `any_file`, which a reader's own opener takes, all files.
 
     Raises:
         ExportError: there are none.
     """
-    known = Image.registered_extensions().keys() | {".dcm", ".npy"}
-    images = sorted(p for p in Path(folder).rglob("*") if p.is_file() and p.suffix.lower() in known)
+    known = Image.registered_extensions()
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file() and not path.name.startswith("."))
+    images = [path for path in files if any_file or path.suffix.lower() in known]
     if not images:
         raise ExportError(f"no images to check in {folder}")
     return images

@@ -82,9 +82,8 @@ def read_opening(dls, sample: Path, opens_itself: bool) -> int:
     kinds = [kind for one in chain.types for kind in (one if isinstance(one, list | tuple) else [one])]
     for kind in kinds:
         require(kind, "the opening of images")
-    if not opens_itself and not any(isinstance(kind, type) and issubclass(kind, PILBase) for kind in kinds):
-        what = "text" if any("text" in kind.__module__ for kind in kinds) else name_of(kinds[-1])
-        raise own_opening(f"the learner's input is not an image that fastai opens but {what}")
+    if any("text" in kind.__module__ for kind in kinds):
+        raise ExportError("the learner's input is text, which is not supported")
     try:
         first = chain.infer_idx(sample)
     except AssertionError:
@@ -100,6 +99,8 @@ def read_opening(dls, sample: Path, opens_itself: bool) -> int:
             skip = i + 1
         else:
             raise own_opening(f"the learner opens images with {name_of(function)}, which is not fastai's own opening")
+    if not opens_itself and not any(isinstance(kind, type) and issubclass(kind, PILBase) for kind in kinds):
+        raise own_opening(f"the learner's input is not an image that fastai opens but {name_of(kinds[-1])}")
     return skip
 
 

@@ -186,7 +186,8 @@ class BatchTransforms(nn.Module):
                 self.register_buffer(name, torch.tensor(values)[:, None, None])
 
     def forward(self, pixels: Tensor) -> Tensor:
-        x = pixels.permute(0, 3, 1, 2).contiguous().to(torch.float32) / self.divisor
+        # A copy, since one channel is contiguous as it is, with strides that have convolutions round differently.
+        x = pixels.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format).to(torch.float32) / self.divisor
         for options in self.affine:
             x = self.resample(x, **options)
         if self.normalizes:
