@@ -87,7 +87,7 @@ class Preprocessor:
         return image
 
     def check_size(self, size: tuple[int, int]) -> None:
-        """Raises Rejected for an image of `size` (width, height): 413 above `max_pixels`, 400 if the model takes none."""
+        """Raises Rejected for an image of `size` (width, height): 413 above `max_pixels`, 400 if no model takes it."""
         if size[0] * size[1] > self.max_pixels:
             raise too_large(f"more than {self.max_pixels} pixels")
         if not self.config.takes_size(size):
@@ -320,7 +320,7 @@ def size_of(image: Image.Image | np.ndarray) -> tuple[int, int]:
 
 
 def viewable(image: Image.Image | np.ndarray) -> Image.Image:
-    """`image` as 8-bit RGB to look at: its first three channels, or its first, stretched to 0..255 unless it has them."""
+    """`image` as 8-bit RGB to look at: its first three channels, or its first; stretched to 0..255 where not uint8."""
     if isinstance(image, Image.Image) and image.mode in ("RGB", "L", "P", "RGBA", "1"):
         return image.convert("RGB")
     pixels = to_array(image)

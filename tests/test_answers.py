@@ -48,8 +48,19 @@ def test_shares_of_classes_with_one_name_are_summed():
     mask = np.array([[0, 1, 2, 2], [0, 1, 2, 2]], np.uint8)
     found = shares(mask, ["car", "road", "car"])
     assert found == {"car": 0.75, "road": 0.25} and sum(found.values()) == 1
-    answer = segmentation_answer(mask, ["car", "road", "car"], "json", None)
-    assert answer == {"base64_prediction": mask.tobytes(), "shape": [2, 4], "classes": found}
+    names = ["car", "road", "car"]
+    answer = segmentation_answer(mask, names, "json", None)
+    assert answer == {"base64_prediction": mask.tobytes(), "shape": [2, 4], "classes": found, "names": names}
+
+
+@pytest.mark.parametrize("format", ["json", "png", "overlay"])
+def test_an_answer_names_each_index_of_its_mask(format):
+    """In the order of the indices, those that do not occur included; JSON objects lose their order on the way."""
+    names = ["void", "tree", "car", "bus"]
+    mask = np.array([[2, 2, 0], [2, 0, 0]], np.uint8)
+    answer = segmentation_answer(mask, names, format, draw_photo(0, (3, 2)))
+    assert answer["names"] == names and answer["classes"] == {"void": 0.5, "car": 0.5}
+    assert {names[i] for i in np.unique(mask)} == set(answer["classes"])
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])

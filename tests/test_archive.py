@@ -2,6 +2,7 @@
 
 import dataclasses
 import shlex
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -14,8 +15,9 @@ from deployment import archive
 from deployment.archive import ArchiveError, find_archive, make_archive
 from deployment.export import write_config
 
-CODE = {"handler.py", "model.py", "answers.py", "config.py", "photos.py", "protocol.py", "runtime.py"}
-CODE |= {"gpu_runtime.py", "openvino_runtime.py", "reports.py"}
+COMMON = {"handler.py", "answers.py", "config.py", "photos.py", "protocol.py"}
+COMMON |= {"runtime/__init__.py", "runtime/queue.py"}
+CODE = COMMON | {"model.py", "runtime/cuda.py", "runtime/pytorch.py"}
 CONTENT = CODE | {"fastunet.pth", "model-config.yaml", "MAR-INF/MANIFEST.json"}
 
 
@@ -31,7 +33,7 @@ def store(tmp_path) -> Path:
 
 def content(path: Path) -> set[str]:
     with zipfile.ZipFile(path) as file:
-        return set(file.namelist())
+        return {name for name in file.namelist() if not name.endswith("/")}
 
 
 def run_main(monkeypatch, *arguments) -> int | str | None:
@@ -52,11 +54,45 @@ def test_holds_the_modules_that_the_handler_imports_and_the_model(model_store):
             assert file.read(name) == (model_store / name).read_bytes()
 
 
-def test_holds_openvino_s_model_and_no_weights_where_that_serves(store):
+@pytest.fixture
+def openvino_store(store) -> Path:
+    """As `store`, of a model for OpenVINO."""
     (store / "fastunet.xml").write_text("a model")
     (store / "fastunet.bin").write_text("its weights")
     write_config(dataclasses.replace(SMALL, runtime="openvino"), store)
-    assert content(make_archive(store)) == CONTENT - {"fastunet.pth"} | {"fastunet.bin", "fastunet.xml"}
+    return store
+
+
+def test_holds_openvino_s_model_and_neither_weights_nor_code_of_pytorch_where_that_serves(openvino_store):
+    model = {"fastunet.bin", "fastunet.xml", "model-config.yaml", "MAR-INF/MANIFEST.json"}
+    made = make_archive(openvino_store)
+    assert content(made) == COMMON | {"runtime/openvino.py"} | model
+    assert archive.runtime_of(made) == "openvino"
+
+
+def test_holds_the_learner_s_own_opening(store):
+    (store / "open_image.py").write_text("def open_image(data): ...")
+    write_config(dataclasses.replace(SMALL, opener=True), store)
+    assert content(make_archive(store)) == CONTENT | {"open_image.py"}
+    (store / "open_image.py").unlink()
+    with pytest.raises(ArchiveError, match=r"open_image\.py"):
+        make_archive(store)
+
+
+@pytest.mark.parametrize("runtime", archive.RUNTIME_CODE)
+def test_the_handler_can_be_imported_out_of_the_archive(runtime, request, tmp_path):
+    """As TorchServe does it: the file by itself. All that it imports of this project is in the archive."""
+    made = make_archive(request.getfixturevalue("store" if runtime == "eager" else "openvino_store"))
+    with zipfile.ZipFile(made) as file:
+        file.extractall(tmp_path / "unpacked")
+    modules = [name.removesuffix(".py").replace("/", ".") for name in archive.RUNTIME_CODE[runtime]]
+    script = "import importlib, sys\nsys.modules['deployment'] = None\nimport handler\n"
+    script += "assert handler.__package__ == 'served' and sys.modules['served.handler'] is handler\n"
+    if runtime == "openvino":
+        script += "sys.modules['torch'] = None\n"
+    script += "".join(f"importlib.import_module('served.{name}')\n" for name in modules)
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path / "unpacked", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_prints_a_command_that_makes_the_same_archive(store):
@@ -64,7 +100,8 @@ def test_prints_a_command_that_makes_the_same_archive(store):
     command = [sys.executable, "-m", "deployment.archive", store, "--name", "street", "--version", "2.5"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    printed, last = done.stdout.rsplit("\n", 2)[:2]
+    code, printed = done.stdout.split("\n", 1)
+    printed, last = printed.rsplit("\n", 2)[:2]
     made = store / "street.mar"
     assert last.startswith(f"wrote {made}")
     assert sorted(p.name for p in store.iterdir()) == ["fastunet.pth", "model-config.yaml", "street.mar"]
@@ -74,7 +111,12 @@ def test_prints_a_command_that_makes_the_same_archive(store):
     assert "deployment/handler.py" in words  # short, as one would type it
     before = content(made)
     made.unlink()
+    files, folder = code.removeprefix("CODE: ").rsplit(", of ", 1)
+    for file in files.split(", "):
+        (store / "CODE" / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / folder / file, store / "CODE" / file)
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    printed = printed.replace("--extra-files CODE", f"--extra-files '{store}/CODE'")
     by_hand = subprocess.run(printed, shell=True, cwd=ROOT, env={"PATH": path}, capture_output=True, text=True)
     assert by_hand.returncode == 0, by_hand.stderr
     assert content(made) == before == CONTENT
@@ -110,7 +152,9 @@ def test_a_runtime_that_there_is_not_is_one_line_and_status_2(store, monkeypatch
 
 def test_a_failed_run_leaves_the_archive_that_was_there(store, monkeypatch, capsys):
     (store / "fastunet.mar").write_text("the one before")
-    monkeypatch.setattr(archive, "MODULES", (*archive.MODULES, "gone.py"))
+    gone = store / "gone.py"
+    monkeypatch.setattr(archive, "model_files", lambda config, folder: [folder / "fastunet.pth", gone])
+    monkeypatch.setattr(archive, "checked_config", archive.read_config)
     assert run_main(monkeypatch, store) == 2
     assert "gone.py" in capsys.readouterr().err
     assert (store / "fastunet.mar").read_text() == "the one before"

@@ -34,7 +34,7 @@ def test_the_least_that_can_be_said(tmp_path):
         ("handler:", "no section `handler`"),
         ("handler: [resnet18]", "no section `handler`"),
         ("- handler", "no section `handler`"),
-        ("handler: {arch: [", "no YAML"),
+        ("handler: {arch: [", "not YAML"),
         ("handler: {n_classes: 4}", "arch, img_size is missing"),
         (LEAST + ", bottle: true}", "unknown setting bottle"),
         (LEAST + ", decode: {activation: softmax}, codes: [sky]}", "unknown setting codes, decode"),
@@ -62,11 +62,34 @@ def test_a_missing_file_is_named(tmp_path):
         ({"resize": {"crop": [40, 56]}}, False),
     ],
 )
-def test_knows_whether_photos_keep_their_size(settings, keeps, small_store, tmp_path):
+def test_knows_whether_images_keep_their_size(settings, keeps, small_store, tmp_path):
     config = read_config(configured(small_store, tmp_path, **settings))
-    assert config.keeps_photo_size is keeps
+    assert config.keeps_image_size is keeps
 
 
-@pytest.mark.parametrize(("options", "n_in"), [({}, 3), ({"n_in": 1}, 1)])
-def test_knows_the_channels_of_a_photo(options, n_in, small_store, tmp_path):
-    assert read_config(configured(small_store, tmp_path, options=options)).n_in == n_in
+@pytest.mark.parametrize(
+    ("settings", "size"),
+    [
+        ({}, [64, 64]),
+        ({"resize": None}, None),
+        ({"resize": {"crop": [40, 56]}}, [40, 56]),
+        ({"resize": {"size": [80, 90], "crop": [40, 56]}}, [40, 56]),
+        ({"resize": {"size": [80, 90]}, "affine": [{"size": [40, 56]}]}, [80, 90]),
+        ({"resize": None, "affine": [{"size": [40, 56]}]}, None),
+    ],
+)
+def test_knows_the_size_of_an_image_s_pixels(settings, size, small_store, tmp_path):
+    assert read_config(configured(small_store, tmp_path, **settings)).pixels_size == size
+
+
+@pytest.mark.parametrize(
+    ("sides", "taken", "not_taken"),
+    [
+        (None, [(1, 1), (9000, 3)], []),
+        ([[30, None], [None, 200]], [(1, 30), (200, 9000)], [(1, 29), (201, 30)]),
+        ([[64, 64], [96, 96]], [(96, 64)], [(64, 96), (95, 64), (96, 65)]),
+    ],
+)
+def test_knows_which_sizes_the_network_takes(sides, taken, not_taken):
+    config = Config(arch=None, n_classes=4, img_size=[64, 96], sides=sides)
+    assert all(map(config.takes_size, taken)) and not any(map(config.takes_size, not_taken))

@@ -7,9 +7,13 @@ import json
 import logging
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import ts
@@ -22,7 +26,9 @@ from deployment import answers, protocol
 from deployment.export import write_config
 from deployment.handler import Handler
 from deployment.model import DynamicUnetDIY
+from deployment.photos import PixelBudget
 from deployment.protocol import MEDIA_TYPES
+from deployment.runtime.queue import ImageQueue
 
 
 def context_of(store: Path, batch_size: int = 8) -> Context:
@@ -169,38 +175,38 @@ def test_a_photo_that_the_network_cannot_take_fails_alone(tmp_path):
 
 
 def test_a_broken_model_is_not_the_photo_s_fault(own_size, monkeypatch):
-    def broken(batch):
+    def broken(batch, alone):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(own_size.handler, "model", broken)
+    monkeypatch.setattr(own_size.handler.model, "compute", broken)
     batch = ask(own_size, encoded(draw_photo(0, (96, 64))), encoded(draw_photo(1, (64, 96))), b"no photo")
     assert [status for status, _ in batch] == [500, 500, 400]
     assert json.loads(batch[0][1])["type"] == "InternalError"
 
 
 def test_memory_that_runs_short_while_the_fault_is_sought_is_not_the_photo_s_fault(own_size, monkeypatch):
-    real, calls = own_size.handler.model, []
+    real, calls = own_size.handler.model.compute, []
 
-    def short(batch):
+    def short(batch, alone):
         calls.append(batch.shape)
-        if batch.shape[-1] == 96:
+        if batch.shape[2] == 96:
             raise RuntimeError("broken") if batch.any() else torch.OutOfMemoryError("out of memory")
-        return real(batch)
+        return real(batch, alone)
 
-    monkeypatch.setattr(own_size.handler, "model", short)
+    monkeypatch.setattr(own_size.handler.model, "compute", short)
     [(status, _)] = ask(own_size, encoded(draw_photo(0, (96, 64))))
     assert status == 500 and len(calls) == 3
 
 
 def test_a_photo_that_breaks_the_model_is_not_refused_for_its_size(own_size, monkeypatch):
-    real = own_size.handler.model
+    real = own_size.handler.model.compute
 
-    def broken(batch):
-        if batch.shape[-1] == 96 and batch.any():
+    def broken(batch, alone):
+        if batch.shape[2] == 96 and batch.any():
             raise RuntimeError("broken")
-        return real(batch)
+        return real(batch, alone)
 
-    monkeypatch.setattr(own_size.handler, "model", broken)
+    monkeypatch.setattr(own_size.handler.model, "compute", broken)
     batch = ask(own_size, encoded(draw_photo(0, (96, 64))), encoded(draw_photo(1, (64, 96))))
     assert [status for status, _ in batch] == [500, 200]
 
@@ -211,30 +217,37 @@ def test_a_photo_that_breaks_the_model_is_not_refused_for_its_size(own_size, mon
 def faulty(worker, step: str, monkeypatch) -> None:
     """Make `step` fail for the request whose photo is 123 pixels wide."""
 
-    def failing(real, is_marked):
+    def failing(real, is_marked, error):
         def function(*args, **options):
             if is_marked(*args):
-                raise RuntimeError("boom")
+                raise error("boom")
             return real(*args, **options)
 
         return function
 
-    x = worker.handler.preprocessor(encoded(draw_photo(7, (123, 77))))
+    pixels = worker.handler.preprocessor(encoded(draw_photo(7, (123, 77))))
     size = (123, 77)
-    owner, name, is_marked = {
-        "read_request": (protocol, "read_request", lambda fields, accept: len(fields["data"]) == len(MARKED)),
-        "resize": (worker.handler.preprocessor, "resize", lambda image: image.size == size),
-        "model": (worker.handler, "model", lambda batch: any(torch.equal(x, other) for other in batch)),
-        "to_photo_size": (worker.handler.preprocessor, "to_photo_size", lambda mask, photo_size: photo_size == size),
-        "encode": (answers, "encode", lambda image, format: image.size == size),
+    preprocessor = worker.handler.preprocessor
+    owner, name, is_marked, error = {
+        "read_request": (protocol, "read_request", lambda fields, accept: len(fields["data"]) == len(MARKED), Boom),
+        # as a learner's own code, and NumPy and Pillow, raise them: a ValueError is not the client's fault either
+        "resize": (preprocessor, "resize", lambda image: image.size == size, ValueError),
+        "to_pixels": (preprocessor, "to_pixels", lambda image: np.array_equal(np.asarray(image), pixels), ValueError),
+        "model": (worker.handler.model, "compute", lambda batch, alone: (batch == pixels).all((1, 2, 3)).any(), Boom),
+        "to_image_size": (preprocessor, "to_image_size", lambda mask, image_size: image_size == size, Boom),
+        "encode": (answers, "encode", lambda image, format: image.size == size, Boom),
     }[step]
-    monkeypatch.setattr(owner, name, failing(getattr(owner, name), is_marked))
+    monkeypatch.setattr(owner, name, failing(getattr(owner, name), is_marked, error))
+
+
+class Boom(RuntimeError):
+    """A fault of our own."""
 
 
 MARKED = encoded(draw_photo(7, (123, 77)))
 
 
-@pytest.mark.parametrize("step", ["read_request", "resize", "model", "to_photo_size", "encode"])
+@pytest.mark.parametrize("step", ["read_request", "resize", "to_pixels", "model", "to_image_size", "encode"])
 def test_an_error_costs_one_request_and_is_logged_once(step, worker, monkeypatch, caplog):
     photos = [encoded(draw_photo(0)), MARKED, encoded(draw_photo(1)), encoded(draw_photo(2))]
     requests = [form(photo, format="overlay", size="original") for photo in photos]
@@ -269,18 +282,22 @@ sys.path[:0] = [{root!r}, {tests!r}]
 import torch
 torch.set_num_threads(1)
 from conftest import draw_photo, encoded
-from deployment.runtime import Model
+from deployment.runtime.queue import ImageQueue
 from test_handler import ask, loaded
 worker = loaded(Path({store!r}))
-worker.handler.model = torch.inference_mode()(Model(worker.handler.config, {store!r}))  # all at once, as on a GPU
+eager, passes = worker.handler.model.compute, []
+
+def compute(batch, alone):
+    passes.append(len(batch))
+    return eager(batch, alone)
+
+worker.handler.model = ImageQueue(compute, batch=4)  # all at once, as on a GPU
 photos = [encoded(draw_photo(i, (224, 160))) for i in range(4)]
 alone = [ask(worker, photo)[0] for photo in photos]
 assert [status for status, _ in alone] == [200] * 4
 address_space = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-forward = worker.handler.forward
-worker.handler.forward = lambda photos: (passes.append(len(photos)), forward(photos))[1]
 for extra in range(10, 400, 10):  # MiB; what is needed differs between builds
-    passes = []
+    passes.clear()
     resource.setrlimit(resource.RLIMIT_AS, (address_space + extra * 2**20, resource.RLIM_INFINITY))
     together = ask(worker, *photos)
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
@@ -304,18 +321,41 @@ def test_out_of_memory_halves_the_batch(small_store, tmp_path):
 
 
 def test_out_of_memory_for_one_photo_is_507(worker, photo, monkeypatch):
-    model, calls = worker.handler.model, []
+    compute, calls = worker.handler.model.compute, []
     marked = worker.handler.preprocessor(photo)
 
-    def starved(batch):
+    def starved(batch, alone):
         calls.append(len(batch))
-        if any(torch.equal(x, marked) for x in batch):  # the batch holds the photo that does not fit
+        if (batch == marked).all((1, 2, 3)).any():  # the batch holds the photo that does not fit
             torch.empty(2**50, dtype=torch.uint8)  # a real error of torch's allocator
-        return model(batch)
+        return compute(batch, alone)
 
     others = [encoded(draw_photo(i)) for i in range(3)]
-    monkeypatch.setattr(worker.handler, "model", starved)
+    monkeypatch.setattr(worker.handler, "model", ImageQueue(starved, batch=4))
     batch = ask(worker, others[0], photo, *others[1:])
     assert [status for status, _ in batch] == [200, 507, 200, 200] and calls[0] == 4
     assert json.loads(batch[1][1])["type"] == "OutOfMemory"
     assert [json.loads(body)["shape"] for _, body in (batch[0], *batch[2:])] == [[64, 64]] * 3
+
+
+def test_images_wait_for_a_place_in_the_budget(worker, monkeypatch):
+    """Of images that together are more than the budget, not all are decoded at one time; each is decoded."""
+    photos = [encoded(draw_photo(i, (100, 80))) for i in range(6)]
+    inside, most, lock, decode = 0, [], threading.Lock(), worker.handler.preprocessor.decode
+
+    def watched(header):
+        nonlocal inside
+        with lock:
+            inside += 1
+            most.append(inside)
+        image = decode(header)
+        time.sleep(0.02)
+        with lock:
+            inside -= 1
+        return image
+
+    monkeypatch.setattr(worker.handler.preprocessor, "decode", watched)
+    monkeypatch.setattr(worker.handler, "threads", ThreadPoolExecutor(6))
+    monkeypatch.setattr(worker.handler, "budget", PixelBudget(2 * 100 * 80))
+    assert [status for status, _ in ask(worker, *photos)] == [200] * 6
+    assert len(most) == 6 and max(most) <= 2

@@ -248,7 +248,7 @@ def refused() -> dict[str, tuple]:
     own, raw = Own(3, False), torch.nn.CrossEntropyLoss()
     pixels = Own(3, True)
     return {
-        "photo to photo": ((photo, fastai.ImageBlock()), lambda p: p, pixels, fastai.MSELossFlat(), "photo to photo"),
+        "photo to photo": ((photo, fastai.ImageBlock()), lambda p: p, pixels, fastai.MSELossFlat(), "image to image"),
         "boxes": (
             (photo, fastai.BBoxBlock, fastai.BBoxLblBlock()),
             [lambda p: [[1, 2, 30, 40]], lambda p: ["car"]],
@@ -265,8 +265,8 @@ def refused() -> dict[str, tuple]:
         ),
         "two photos": ((photo, fastai.ImageBlock(), categories), lambda p: p.stem, own, raw, "2 inputs"),
         "no activation": ((photo, categories), lambda p: KINDS[int(p.stem) % 3], own, raw, "CrossEntropyLossFlat()"),
-        "names": ((photo, fastai.CategoryBlock()), lambda p: "ab"[int(p.stem) % 2], own, None, "not as many names"),
-        "half a point": ((photo, fastai.PointBlock), lambda p: [[1.0, 2.0]], own, None, "no points"),
+        "names": ((photo, fastai.CategoryBlock()), lambda p: "ab"[int(p.stem) % 2], own, None, "but the learner has the names"),
+        "half a point": ((photo, fastai.PointBlock), lambda p: [[1.0, 2.0]], own, None, "cannot be points"),
     }
 
 

@@ -19,7 +19,7 @@ from ..runtime.pytorch import ServedModel, eager, warm_up_size
 from .accuracy import compare, outputs, read_labels, report_text
 from .dataset import split_photos
 from .learner import ExportError
-from .program import capture_served
+from .program import capture_served, input_shape
 
 # The share of pixels that must keep their class: in fp32, and in less than that where no labels say what it costs.
 MIN_AGREEMENT = {"fp32": 0.9999, "bf16": 0.98, "int8": 0.98}
@@ -116,8 +116,9 @@ def to_openvino(config: Config, folder: Path | str):
     """
     ov = import_optional("openvino")
     served = ServedModel(config, folder, exact=False, in_graph=True)
-    model = ov.convert_model(capture_served(served, config))
-    model.reshape([1, *model.inputs[0].partial_shape[1:]])
+    program = capture_served(served, config)
+    model = ov.convert_model(program)  # which leaves every axis free
+    model.reshape([1, *input_shape(program)[1:]])
     return model
 
 

@@ -104,14 +104,24 @@ def free_pixels(config: Config) -> bool:
     return config.pixels_size is None
 
 
+def input_of(program: ExportedProgram) -> torch.Tensor:
+    """A stand-in for the input of `program`, without values; symbols in its shape are axes that are free."""
+    node = next(node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs)
+    return node.meta["val"]
+
+
+def input_shape(program: ExportedProgram) -> list[int]:
+    """The shape of the input of `program`; -1 for an axis that is free."""
+    return [side if isinstance(side, int) else -1 for side in input_of(program).shape]
+
+
 def free_sides(program: ExportedProgram) -> list[list[int | None]] | None:
     """The least and the greatest height and width of images that `program` holds for; None: its size is fixed.
 
     None in place of a number: there is no limit. A network that branches on the size is captured on one side of it.
     """
-    node = next(node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs)
     sides = []
-    for side in node.meta["val"].shape[2:]:
+    for side in input_of(program).shape[2:]:
         if isinstance(side, int):
             return None
         limits = program.range_constraints.get(side.node.expr)

@@ -41,7 +41,7 @@ def load(config: Config, folder: Path | str, gpu: int | None = None, threads: in
         from .openvino import load_openvino
 
         threads = threads or int(os.environ.get("OMP_NUM_THREADS") or cores())
-        return load_openvino(Path(folder, "fastunet.xml"), threads, config.precision)
+        return load_openvino(Path(folder, "fastunet.xml"), threads, config.precision, config.img_size)
     from .pytorch import load_pytorch
 
     return load_pytorch(config, folder, gpu, threads)

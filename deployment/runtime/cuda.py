@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .pytorch import ServedModel, free_memory
 from .queue import ImageQueue

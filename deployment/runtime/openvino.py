@@ -13,7 +13,9 @@ from .queue import ImageQueue
 logger = logging.getLogger(__name__)
 
 
-def load_openvino(model: Path | str | object, threads: int, precision: str = "fp32") -> ImageQueue:
+def load_openvino(
+    model: Path | str | object, threads: int, precision: str = "fp32", usual_size: tuple[int, int] = (32, 32)
+) -> ImageQueue:
     """`model`, a path or in memory, as a function from images to outputs; see `runtime.load`.
 
     Images that come together are computed side by side, one on each of the `threads`: threads that work on one image
@@ -22,6 +24,7 @@ def load_openvino(model: Path | str | object, threads: int, precision: str = "fp
 
     Args:
         precision: one of `runtime.PRECISIONS["openvino"]`; bf16 is fp32 on a processor without it, and the log says so.
+        usual_size: (height, width) of an image that the model takes, where it takes several sizes.
     """
     if precision == "bf16" and not has_bf16():
         logger.warning("this processor has no bf16: serving in fp32")
@@ -42,8 +45,10 @@ def load_openvino(model: Path | str | object, threads: int, precision: str = "fp
         finally:
             requests.put(request)
 
-    size = [side.get_length() if side.is_static else 32 for side in together.inputs[0].partial_shape[1:]]
-    warm_up = np.zeros((1, *size), together.inputs[0].element_type.to_dtype())
+    sides = list(together.inputs[0].partial_shape)[1:3]
+    size = [side.get_length() if side.is_static else usual for side, usual in zip(sides, usual_size, strict=True)]
+    channels = together.inputs[0].partial_shape[3].get_length()
+    warm_up = np.zeros((1, *size, channels), together.inputs[0].element_type.to_dtype())
     for alone in (True, False):
         compute(warm_up, alone)
     logger.info("OpenVINO in %s on %d threads", precision, threads)

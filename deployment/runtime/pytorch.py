@@ -24,9 +24,7 @@ logger = logging.getLogger(__name__)
 ACTIVATIONS = {"softmax": lambda x: x.softmax(dim=1), "sigmoid": torch.sigmoid, None: lambda x: x}
 
 
-def load_pytorch(
-    config: Config, folder: Path | str, gpu: int | None = None, threads: int | None = None
-) -> ImageQueue:
+def load_pytorch(config: Config, folder: Path | str, gpu: int | None = None, threads: int | None = None) -> ImageQueue:
     """The model in `folder`, in front of it a queue of images; see `runtime.load`.
 
     On a CPU a batch takes as long as its images one by one, and rounds a few logits differently: a mask could then
@@ -257,7 +255,10 @@ def resample_in_graph(
     out_h, out_w = size or x.shape[-2:]
     shrink = torch.ones(())
     if mode == "bilinear":
-        shrink = torch.clamp(torch.minimum(h / out_w, w / 2) / 2, min=1.0)
+        # Of corners that are not aligned the grid falls short of -1 and 1: see `zoom` there.
+        zoom = 1.0 if align_corners else max(out_h, out_w) / max(max(out_h, out_w) - 1, 1)
+        factor = torch.minimum(h / out_w, w / 2) / 2
+        shrink = torch.where(factor > zoom, factor, 1.0)
     x = sample_axis(x, 2, h, top, out_h, shrink, mode, align_corners)
     return sample_axis(x, 3, w, left, out_w, shrink, mode, align_corners)
 
@@ -270,8 +271,10 @@ def sample_axis(
     samples = torch.arange(out, dtype=torch.float32)
     if not align_corners:
         position = torch.minimum(torch.clamp((samples + 0.5) * cells / out - 0.5, min=0.0), cells - 1)
+    elif out > 1:
+        position = samples * (cells - 1) / (out - 1)
     else:
-        position = samples * (cells - 1) / max(out - 1, 1)
+        position = samples + (cells - 1) / 2
     if mode == "nearest":
         return x.index_select(axis, (torch.round(position) + start).long())
     low = torch.floor(position)
