@@ -107,7 +107,8 @@ def make_archive(folder: Path | str, name: str = "fastunet", version: str = "1.0
             shutil.copy(HERE / file, code / file)
         command = archiver_command(folder, code, name, version)
         print(f"CODE: {', '.join(code_files(config))}, of {shown(HERE)}")
-        print(shlex.join(command).replace(shown(code), "CODE").replace(" --", " \\\n    --"), flush=True)
+        readable = shlex.join(word.replace(shown(code), "CODE") for word in command)
+        print(readable.replace(" --", " \\\n    --"), flush=True)
         # The archiver works in $TMPDIR/NAME, whoever else does, and writes as it goes: both happen aside.
         command = [program, *command[1:-1], scratch]
         run = subprocess.run(command, env=os.environ | {"TMPDIR": scratch}, capture_output=True, text=True)

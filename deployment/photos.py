@@ -241,16 +241,19 @@ def sample_positions(config: Config, size: tuple[int, int], axis: int) -> np.nda
             part = middle_of_ratio(shape, step["ratio"], step["scale"])
             corner = (shape[axis] - part[axis]) // 2
             positions, shape = positions[corner : corner + part[axis]], part
-        out = tuple(step["size"] or shape)
+        out, n = tuple(step["size"] or shape), shape[axis]
         shrink = shrink_factor(shape, out) if step["mode"] == "bilinear" else 1.0
-        n = shape[axis]
-        means = int(n / shrink) if shrink > 1 else n
-        centers = (np.arange(means) + 0.5) * n / means - 0.5  # of the areas, as indices of what came in
+        cells = int(n * (1 / shrink)) if shrink > 1 else n  # pixels, or the areas of `F.interpolate`
+        numbers = np.arange(cells)
+        first, last = numbers * n // cells, -((numbers + 1) * -n // cells) - 1  # pixels of each
+        centers = (first + last) / 2
         if not step["align_corners"]:
-            indices = (np.arange(out[axis]) + 0.5) * means / out[axis] - 0.5
+            indices = (np.arange(out[axis]) + 0.5) * cells / out[axis] - 0.5
+        elif out[axis] > 1:
+            indices = np.linspace(0, cells - 1, out[axis])
         else:
-            indices = np.linspace(0, means - 1, out[axis]) if out[axis] > 1 else np.zeros(1)
-        indices = np.interp(indices, np.arange(means), centers)
+            indices = np.array([(cells - 1) / 2])
+        indices = np.interp(indices, numbers, centers)
         positions, shape = np.interp(indices, np.arange(n), positions), out
     return positions
 

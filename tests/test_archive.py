@@ -1,6 +1,7 @@
 """The archive: what is in it, the command that makes it, and what is told when it cannot be made."""
 
 import dataclasses
+import re
 import shlex
 import shutil
 import subprocess
@@ -116,7 +117,7 @@ def test_prints_a_command_that_makes_the_same_archive(store):
         (store / "CODE" / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / folder / file, store / "CODE" / file)
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
-    printed = printed.replace("--extra-files CODE", f"--extra-files '{store}/CODE'")
+    printed = re.sub(r"\bCODE\b", shlex.quote(str(store / "CODE")), printed)
     by_hand = subprocess.run(printed, shell=True, cwd=ROOT, env={"PATH": path}, capture_output=True, text=True)
     assert by_hand.returncode == 0, by_hand.stderr
     assert content(made) == before == CONTENT

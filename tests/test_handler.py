@@ -295,6 +295,7 @@ worker.handler.model = ImageQueue(compute, batch=4)  # all at once, as on a GPU
 photos = [encoded(draw_photo(i, (224, 160))) for i in range(4)]
 alone = [ask(worker, photo)[0] for photo in photos]
 assert [status for status, _ in alone] == [200] * 4
+assert ask(worker, *photos) == alone  # and now all threads have begun: a thread needs memory too
 address_space = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 for extra in range(10, 400, 10):  # MiB; what is needed differs between builds
     passes.clear()

@@ -1,16 +1,22 @@
-"""Photos: which decoders a request reaches, the limit on pixels, and the way of a mask back to the photo."""
+"""Images: which decoders a request reaches, the limits on pixels, and the way of a mask back to the image."""
 
 import dataclasses
 import io
+import threading
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, draw_photo, encoded
+from conftest import SMALL, bomb, draw_photo, encoded
 from PIL import Image
 
-from deployment.photos import PHOTO_FORMATS, Preprocessor
+from deployment.export.accuracy import as_model_sees
+from deployment.photos import FORMATS, PixelBudget, Preprocessor, resized_box
 from deployment.protocol import Rejected
+from deployment.runtime.pytorch import BatchTransforms, resample_affine
 
 PREPROCESSOR = Preprocessor(SMALL)
 
@@ -22,7 +28,7 @@ def with_resize(options: dict | None, **settings) -> Preprocessor:
 # --- opening ---
 
 
-@pytest.mark.parametrize("format", PHOTO_FORMATS)
+@pytest.mark.parametrize("format", FORMATS)
 def test_opens_the_formats_that_it_names(format):
     photo = draw_photo(0, (60, 40))
     opened = PREPROCESSOR.open(encoded(photo, format, **({"lossless": True} if format == "WEBP" else {})))
@@ -60,10 +66,10 @@ def test_each_photo_is_opened_once_with_the_list_of_formats(monkeypatch):
     real, calls = Image.open, []
     monkeypatch.setattr(Image, "open", lambda *args, **options: (calls.append(options), real(*args, **options))[1])
     PREPROCESSOR(encoded(draw_photo(0)))
-    assert calls == [{"formats": PHOTO_FORMATS}]
+    assert calls == [{"formats": FORMATS}]
 
 
-@pytest.mark.parametrize("format", PHOTO_FORMATS)
+@pytest.mark.parametrize("format", FORMATS)
 def test_a_photo_cut_short_is_refused(format):
     data = encoded(draw_photo(0), format)
     with pytest.raises(Rejected, match="damaged or cut short|not an image") as error:
@@ -71,11 +77,35 @@ def test_a_photo_cut_short_is_refused(format):
     assert error.value.status == 400
 
 
-def test_memory_that_runs_out_is_not_the_photo_s_fault(monkeypatch):
-    image = PREPROCESSOR.identify(encoded(draw_photo(0)))
-    monkeypatch.setattr(image, "convert", lambda mode: [0] * 2**60)
+@pytest.mark.parametrize("step", ["load", "convert"])
+def test_memory_that_runs_out_is_not_the_photo_s_fault(step, monkeypatch):
+    image = PREPROCESSOR.identify(encoded(draw_photo(0).convert("L")))
+    monkeypatch.setattr(image, step, lambda *_: [0] * 2**60)
     with pytest.raises(MemoryError):
         PREPROCESSOR.decode(image)
+
+
+def test_colors_that_pillow_cannot_convert_are_refused():
+    gray = Preprocessor(dataclasses.replace(SMALL, channels=1, mean=None, std=None))
+    data = encoded(Image.new("LAB", (6, 5)), "TIFF")
+    assert PREPROCESSOR(data).shape == (64, 64, 3)
+    with pytest.raises(Rejected) as error:
+        gray(data)
+    assert error.value.status == 400
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_pixels_are_fastai_s(mode, channels):
+    from fastai.vision.core import PILImage, PILImageBW
+
+    format = "TIFF" if mode in ("CMYK", "I;16") else "PNG"
+    data = encoded(draw_photo(0, (60, 40)).convert("L" if mode == "I;16" else mode).convert(mode), format)
+    own_size = Preprocessor(dataclasses.replace(SMALL, channels=channels, resize=None))
+    expected = np.array((PILImage if channels == 3 else PILImageBW).create(data))
+    pixels = own_size(data)
+    assert (pixels.shape, pixels.dtype) == ((40, 60, channels), np.uint8)
+    assert np.array_equal(pixels, expected.reshape(40, 60, channels))
 
 
 def test_limit_of_pixels():
@@ -97,11 +127,93 @@ def test_a_bomb_is_refused_by_its_header():
     assert error.value.status == 413
 
 
+def test_pillow_s_own_limit_is_not_in_the_way():
+    """It refuses what has more than 179 million pixels, and warns from half as many on."""
+    size = (20_000, 10_000)
+    data = bomb(*size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert with_limit(300_000_000).identify(data).size == size
+    with pytest.raises(Rejected) as error:
+        with_limit(199_999_999).identify(data)
+    assert (error.value.status, error.value.type) == (413, "TooLarge")
+
+
+def test_a_size_that_the_network_does_not_take_is_refused_by_the_header():
+    preprocessor = with_resize(None, sides=[[30, None], [None, 100]])
+    assert preprocessor.identify(encoded(draw_photo(0, (100, 30)))).size == (100, 30)
+    for size in ((101, 30), (100, 29)):
+        with pytest.raises(Rejected, match="no photo of this size") as error:
+            preprocessor.identify(encoded(draw_photo(0, size)))
+        assert error.value.status == 400
+
+
 def test_a_photo_counts_for_the_model_s_pixels_at_least():
     assert PREPROCESSOR.counted_pixels((2, 3)) == 64 * 64
     assert PREPROCESSOR.counted_pixels((1000, 3)) == 64 * 64
     assert PREPROCESSOR.counted_pixels((1000, 30)) == 30_000
     assert with_resize(None).counted_pixels((2, 3)) == 6
+
+
+# --- the budget ---
+
+
+def test_who_does_not_fit_into_the_budget_waits():
+    budget, first, second = PixelBudget(100), threading.Event(), threading.Event()
+    entered = []
+
+    def hold(pixels: int, until: threading.Event) -> None:
+        with budget.hold(pixels):
+            entered.append(pixels)
+            assert until.wait(20)
+
+    with ThreadPoolExecutor(4) as pool:
+        held = [pool.submit(hold, 60, first), pool.submit(hold, 40, second)]
+        wait_until(lambda: len(entered) == 2)  # exactly the limit
+        waiting = pool.submit(hold, 50, second)
+        time.sleep(0.05)
+        assert sorted(entered) == [40, 60]
+        first.set()
+        wait_until(lambda: len(entered) == 3)
+        second.set()
+        for future in (*held, waiting):
+            future.result()
+    assert budget.used == 0
+
+
+def test_an_image_above_the_limit_passes_alone():
+    budget, gate, entered = PixelBudget(100), threading.Event(), []
+
+    def hold(pixels: int) -> None:
+        with budget.hold(pixels):
+            entered.append(pixels)
+            assert gate.wait(20)
+
+    with ThreadPoolExecutor(3) as pool:
+        large = pool.submit(hold, 1000)
+        wait_until(lambda: entered == [1000])
+        others = [pool.submit(hold, 1), pool.submit(hold, 500)]
+        time.sleep(0.05)
+        assert entered == [1000]
+        gate.set()
+        for future in (large, *others):
+            future.result()
+    assert sorted(entered) == [1, 500, 1000] and budget.used == 0
+
+
+def test_an_error_gives_its_place_in_the_budget_back():
+    budget = PixelBudget(100)
+    with pytest.raises(ValueError), budget.hold(80):
+        raise ValueError
+    with budget.hold(100):
+        assert budget.used == 100
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 # --- geometry ---
@@ -118,8 +230,8 @@ def test_nearest_is_pillow_s(size):
     mask = np.random.default_rng(0).integers(0, 9, (64, 96), np.uint8)
     expected = np.array(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
     squish = with_resize({"size": [64, 96], "method": "squish"})
-    assert np.array_equal(squish.to_photo_size(mask, size), expected)
-    assert np.array_equal(with_resize(None).to_photo_size(mask, mask.shape[::-1]), mask)
+    assert np.array_equal(squish.to_image_size(mask, size), expected)
+    assert np.array_equal(with_resize(None).to_image_size(mask, mask.shape[::-1]), mask)
 
 
 def test_a_mask_of_the_augmentations_size_comes_back_too():
@@ -127,9 +239,65 @@ def test_a_mask_of_the_augmentations_size_comes_back_too():
     affine = [{"size": [48, 64], "mode": "bilinear", "pad_mode": "reflection", "align_corners": True}]
     preprocessor = with_resize({"size": [100, 100], "method": "squish"}, affine=affine)
     mask = np.random.default_rng(0).integers(0, 9, (48, 64), np.uint8)
-    assert preprocessor(encoded(draw_photo(0))).shape == (3, 48, 64)
-    expected = np.array(Image.fromarray(mask).resize((320, 240), Image.Resampling.NEAREST))
-    assert np.array_equal(preprocessor.to_photo_size(mask, (320, 240)), expected)
+    assert preprocessor(encoded(draw_photo(0))).shape == (100, 100, 3)
+    assert_nearest(preprocessor, (320, 240), mask)
+
+
+def assert_nearest(preprocessor: Preprocessor, size: tuple[int, int], mask: np.ndarray) -> None:
+    """Each pixel of the image has the value of the sample that lies nearest to it, by a search among all samples.
+
+    Where the samples lie is found with images that hold the position of each pixel, which `resample_affine` samples.
+    """
+    config, (width, height) = preprocessor.config, size
+    seen_h, seen_w = config.pixels_size or (height, width)
+    rows, columns = np.mgrid[:seen_h, :seen_w] + 0.5
+    x = torch.from_numpy(np.stack([rows, columns]))[None]  # float64
+    for options in config.affine:
+        x = resample_affine(x, **options)
+    assert x.shape[-2:] == mask.shape
+    resize = config.resize or {}
+    resized = resize.get("size", (height, width))
+    box = (height, width)
+    if resize.get("method", "squish") != "squish":
+        box = resized_box((height, width), resized, resize["method"])
+    chosen = []
+    for axis, positions in ((0, x[0, 0, :, 0]), (1, x[0, 1, 0, :])):
+        n = (height, width)[axis]
+        corner = (resized[axis] - (seen_h, seen_w)[axis]) // 2  # of what is cut out of the resized image
+        in_image = (positions.numpy() + corner) * box[axis] / resized[axis] + int(0.5 * (n - box[axis]))
+        distances = np.abs(in_image[None, :] - (np.arange(n) + 0.5)[:, None])
+        chosen.append(distances <= distances.min(axis=1, keepdims=True) + 1e-6)  # several where it is a tie
+    back = preprocessor.to_image_size(mask, size)
+    assert back.shape == (height, width) and back.dtype == mask.dtype
+    numbers = np.arange(mask.size).reshape(mask.shape)
+    which = preprocessor.to_image_size(numbers, size)  # the number of the sample that each pixel got
+    rows, columns = np.divmod(which, mask.shape[1])
+    assert np.array_equal(back, mask.ravel()[which])
+    assert chosen[0][np.arange(height)[:, None], rows].all()
+    assert chosen[1][np.arange(width)[None, :], columns].all()
+
+
+RESIZES = {
+    "own size": None,
+    "squish": {"size": [100, 120], "method": "squish"},
+    "crop": {"size": [90, 90], "method": "crop"},
+    "pad": {"size": [90, 131], "method": "pad", "pad_mode": "zeros"},
+    "crop after squish": {"size": [120, 150], "method": "squish", "crop": [96, 99], "crop_pad_mode": "zeros"},
+    "large": {"size": [400, 501], "method": "squish"},
+}
+
+
+@pytest.mark.parametrize("ratio", [None, [0.75, 4 / 3], [1.0, 1.0]], ids=str)
+@pytest.mark.parametrize("samples", [(48, 64), (64, 64), (224, 160), (17, 21)], ids=str)
+@pytest.mark.parametrize("resize", RESIZES)
+def test_where_fastai_resamples_each_pixel_takes_the_nearest_sample(resize, samples, ratio):
+    step = {"size": list(samples), "mode": "bilinear", "pad_mode": "reflection", "align_corners": True}
+    if ratio:
+        step |= {"ratio": ratio, "scale": 0.8}
+    preprocessor = with_resize(RESIZES[resize], affine=[step])
+    mask = np.random.default_rng(0).integers(0, 9, samples, np.uint8)
+    for size in ((320, 240), (97, 131), (1500, 1111), (60, 400)):
+        assert_nearest(preprocessor, size, mask)
 
 
 @pytest.mark.parametrize("size", [(321, 240), (150, 400), (96, 64), (96, 640)])
@@ -148,14 +316,15 @@ def test_a_mask_of_the_augmentations_size_comes_back_too():
 def test_a_mask_comes_back_to_where_the_photo_was(size, options):
     """The photo itself, taken for a mask, goes through the transforms and back: what was seen lies where it lay."""
     ratio = options.get("ratio")
-    affine = [{"size": [64, 96], "pad_mode": "zeros", "ratio": ratio, "scale": 0.9}] if ratio else []
+    step = {"size": [64, 96], "mode": "bilinear", "pad_mode": "zeros", "align_corners": True}
+    affine = [step | {"ratio": ratio, "scale": 0.9}] if ratio else []
     resize = {name: value for name, value in options.items() if name != "ratio"}
     preprocessor = with_resize({"size": [64, 96], "pad_mode": "reflection"} | resize, affine=affine)
     width, height = size
     ramp = np.linspace(0, 250, width)[None, :] * 0.5 + np.linspace(0, 250, height)[:, None] * 0.5
     photo = Image.fromarray(ramp.astype(np.uint8))
-    seen = preprocessor.label(photo).numpy()
-    back = preprocessor.to_photo_size(seen, size).astype(int)
+    seen = as_model_sees(photo, preprocessor).numpy()
+    back = preprocessor.to_image_size(seen, size).astype(int)
     middle = (slice(height // 2 - 5, height // 2 + 5), slice(width // 2 - 5, width // 2 + 5))
     cell = max(width / 96, height / 64)  # pixels of the photo to one of the mask
     assert back.shape == (height, width)
@@ -165,15 +334,19 @@ def test_a_mask_comes_back_to_where_the_photo_was(size, options):
 # --- labels ---
 
 
-@pytest.mark.parametrize("affine", [[], [{"size": [32, 48], "mode": "bilinear", "pad_mode": "zeros"}]])
+RESAMPLED = {"size": [32, 48], "mode": "bilinear", "pad_mode": "zeros", "align_corners": True}
+
+
+@pytest.mark.parametrize("affine", [[], [RESAMPLED]], ids=["resized", "resampled too"])
 def test_a_label_lies_where_its_photo_s_pixels_do(affine):
     """A label drawn like the photo, of two values far apart, has its edge where the photo's is."""
     label = np.zeros((120, 160), np.uint8)
     label[40:80, 30:100] = 200
-    gray = dataclasses.replace(SMALL, options={"n_in": 1}, mean=None, std=None, affine=affine)
+    gray = dataclasses.replace(SMALL, channels=1, mean=None, std=None, affine=affine)
     preprocessor = Preprocessor(gray)
-    found = preprocessor.label(Image.fromarray(label))
-    x = preprocessor.to_tensor(preprocessor.resize(Image.fromarray(label)))[0]
+    found = as_model_sees(Image.fromarray(label), preprocessor)
+    pixels = preprocessor.to_pixels(preprocessor.resize(Image.fromarray(label)))
+    x = BatchTransforms(gray)(torch.from_numpy(pixels)[None])[0, 0]
     assert found.dtype == torch.uint8 and set(found.unique().tolist()) == {0, 200}
     assert found.shape == x.shape == (64, 64) if not affine else (32, 48)
     assert ((found > 100) == (x * 255 > 100)).float().mean() > 0.97

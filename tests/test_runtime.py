@@ -384,7 +384,9 @@ SAMPLED = [  # (height, width) of the image and of the samples
     ((5, 3), (64, 96)),
     ((2, 9), (4, 6)),
     ((64, 96), (1, 5)),
-    ((193, 200), (64, 96)),  # where `shrink` is hardly above 1
+    ((193, 200), (64, 96)),  # where the image is hardly shrunk
+    ((301, 700), (96, 100)),  # where the number of areas hangs on the last bit
+    ((1111, 1500), (224, 160)),
 ]
 
 

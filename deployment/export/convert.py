@@ -125,16 +125,17 @@ def to_openvino(config: Config, folder: Path | str):
 def quantized(base, samples: list, inputs, labels, original, config: Config, max_drop: float) -> Iterator:
     """int8 versions of `base`, each more careful and slower than the one before; made only when asked for.
 
-    The first convolution stays in float in all of them: it sees the photo itself, costs next to nothing, and in int8
-    moves more pixels to another class than all other layers together.
+    What comes before the first convolution and that itself stay in float in all of them: they see the image, cost next
+    to nothing, and in int8 move more pixels to another class than all other layers together.
     """
     os.environ.setdefault("NNCF_CI", "1")  # no usage statistics
     nncf = import_optional("nncf")
     nncf.set_log_level(logging.WARNING)  # its progress bars stay
     data = nncf.Dataset(samples)
     settings = {"preset": nncf.QuantizationPreset.MIXED, "subset_size": len(samples)}
-    names = convolutions(base)
-    first, ends = nncf.IgnoredScope(names=names[:1]), nncf.IgnoredScope(names=names[:1] + names[-3:])
+    begin, end = up_to_first_convolution(base), convolutions(base)[-3:]
+    first = nncf.IgnoredScope(names=begin, validate=False)
+    ends = nncf.IgnoredScope(names=[*begin, *end], validate=False)
     yield nncf.quantize(base, data, ignored_scope=first, **settings)
     yield nncf.quantize(base, data, ignored_scope=ends, **settings)
     if labels is None:
@@ -146,6 +147,16 @@ def quantized(base, samples: list, inputs, labels, original, config: Config, max
 
     control = {"max_drop": max_drop, "ignored_scope": first, **settings}
     yield nncf.quantize_with_accuracy_control(base, data, nncf.Dataset([image[None] for image in inputs]), change, **control)
+
+
+def up_to_first_convolution(base) -> list[str]:
+    """The names of all operations until the first convolution or matrix product, with that."""
+    names = []
+    for op in base.get_ordered_ops():
+        names.append(op.get_friendly_name())
+        if op.get_type_name() in ("Convolution", "GroupConvolution", "MatMul"):
+            break
+    return names
 
 
 def convolutions(base) -> list[str]:

@@ -17,7 +17,7 @@ from ..model import DynamicUnetDIY, create_body
 from ..photos import to_array
 from .learner import ExportError, name_of, require
 from .predict import one_line, predict_file
-from .tasks import describe_task
+from .tasks import describe_task, target
 from .transforms import ImagePipeline
 
 DTYPES = ("uint8", "uint16", "float32")  # of the pixels that a reader's own opener may return
@@ -40,7 +40,8 @@ def describe_learner(
 
     for callback in learner.cbs:
         require(callback, "a callback of the learner")
-    steps = predict_file(learner, model, image, pipeline.skip)
+    target(learner.dls)
+    steps = predict_file(learner, model, image, pipeline.skip, decode=False)
     pixels = own_pixels(open_image, image) if open_image else to_array(steps.opened)
     logits = steps.logits
     if len(logits) != 1 or logits.ndim not in (1, 2, 4):

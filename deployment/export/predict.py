@@ -23,16 +23,17 @@ class Steps:
     decoded: Any  # what `learn.predict` returns first: after the decoding of the labels' transforms
 
 
-def predict_file(learner, model: torch.nn.Module, path: Path, skip: int = 0) -> Steps:
+def predict_file(learner, model: torch.nn.Module, path: Path, skip: int = 0, decode: bool = True) -> Steps:
     """What `learner`, whose network is `model`, predicts for the file at `path`.
 
     Args:
         skip: steps of the opening that are left out, see `transforms.ImagePipeline`.
+        decode: also what the loss function and the labels' transforms make of the logits.
 
     Raises:
         ExportError: the file cannot be opened, the network does not take the image, or what it gives is not a tensor.
     """
-    from fastai.torch_core import tuplify
+    from fastai.torch_core import noop, tuplify
 
     data = learner.dls.test_dl([path], bs=1, num_workers=0, rm_type_tfms=skip or None)
     try:
@@ -50,21 +51,22 @@ def predict_file(learner, model: torch.nn.Module, path: Path, skip: int = 0) -> 
     of_training = [callback for callback in learner.cbs if getattr(callback, "remove_on_fetch", False)]
     try:
         with learner.no_bar(), learner.no_logging(), learner.removed_cbs(of_training):
-            inputs, values, _, decided = learner.get_preds(dl=data, with_input=True, with_decoded=True)
-            output = seen[-1][1]
-            if isinstance(output, torch.Tensor):
-                decoded = learner.dls.decode_batch((inputs, *tuplify(decided)))[0][1:]
+            act = None if decode else noop
+            results = learner.get_preds(dl=data, with_input=True, with_decoded=decode, act=act)
+            inputs, values, decided = results[0], results[1], results[3 if decode else 1]
+            decoded = learner.dls.decode_batch((inputs, *tuplify(decided)))[0][1:] if decode else [None]
     except Exception as error:  # of the network, a callback, the loss function or the labels' transforms: any
-        size = "" if not isinstance(x, torch.Tensor) else f" of {' × '.join(map(str, x.shape[-2:]))} pixels"
+        if seen and not isinstance(seen[-1][1], torch.Tensor):
+            given = name_of(seen[-1][1])
+            raise ExportError(f"the network gives {given} and not a tensor, which serving cannot answer with") from error
+        size = " × ".join(map(str, x.shape[-2:]))
         raise ExportError(
-            f"{path.name}: the learner fails on an image{size}, {one_line(error)}; give images as it gets them with "
-            "--check DIR"
+            f"{path.name}: the learner fails on an image of {size} pixels, {one_line(error)}; give images as it gets "
+            "them with --check DIR"
         ) from error
     finally:
         hook.remove()
-    if not isinstance(output, torch.Tensor):
-        raise ExportError(f"the network gives {name_of(output)} and not a tensor, which serving cannot answer with")
-    tensors = (x, seen[-1][0], output, values, decided)
+    tensors = (x, seen[-1][0], seen[-1][1], values, decided)
     return Steps(opened, item, *map(plain_tensor, tensors), decoded[0] if len(decoded) == 1 else decoded)
 
 

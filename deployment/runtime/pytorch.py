@@ -240,12 +240,13 @@ def resample_in_graph(
     """As `resample_affine`, to within rounding, in operations that a graph for images of any size can hold.
 
     Along each axis every sample lies between two cells: pixels, or where the image is much larger than `size` means
-    over areas, which are differences of a cumulative sum.
+    over areas, which are differences of a cumulative sum. How many cells there are often hangs on the last bit of
+    float64. OpenVINO has float32 alone, and so may take one cell less, where sizes are free; fixed ones it never sees.
     """
     if size is None and not ratio:
         return x  # each sample is a pixel
-    height, width = (torch.scalar_tensor(side, dtype=torch.float32) for side in x.shape[-2:])
-    top = left = torch.zeros(())
+    height, width = (torch.scalar_tensor(side, dtype=torch.float64) for side in x.shape[-2:])
+    top = left = torch.zeros((), dtype=torch.float64)
     h, w = height, width
     if ratio:
         too_tall, too_wide = width / height < ratio[0], width / height > ratio[1]
@@ -253,7 +254,7 @@ def resample_in_graph(
         w = torch.floor(torch.where(too_wide, torch.floor(height * ratio[1]), width) * scale)
         top, left = torch.floor((height - h) / 2), torch.floor((width - w) / 2)
     out_h, out_w = size or x.shape[-2:]
-    shrink = torch.ones(())
+    shrink = torch.ones((), dtype=torch.float64)
     if mode == "bilinear":
         # Of corners that are not aligned the grid falls short of -1 and 1: see `zoom` there.
         zoom = 1.0 if align_corners else max(out_h, out_w) / max(max(out_h, out_w) - 1, 1)
@@ -267,8 +268,8 @@ def sample_axis(
     x: Tensor, axis: int, n: Tensor, start: Tensor, out: int, shrink: Tensor, mode: str, align_corners: bool
 ) -> Tensor:
     """`out` samples along `axis` (2 or 3) of the `n` pixels from `start` on, which are shrunk by `shrink` before."""
-    cells = torch.floor(n / shrink)
-    samples = torch.arange(out, dtype=torch.float32)
+    cells = torch.floor(n * (1 / shrink))  # as `F.interpolate` does it
+    samples = torch.arange(out, dtype=torch.float64)
     if not align_corners:
         position = torch.minimum(torch.clamp((samples + 0.5) * cells / out - 0.5, min=0.0), cells - 1)
     elif out > 1:
@@ -287,9 +288,9 @@ def sample_axis(
         first = (torch.floor(cell * n / cells) + start).long()
         last = (torch.ceil((cell + 1) * n / cells) + start).long()
         total = sums.index_select(axis, last) - sums.index_select(axis, first)
-        return total / (last - first).to(torch.float32).view(shape)
+        return total / (last - first).to(x.dtype).view(shape)
 
-    weight = (position - low).view(shape)
+    weight = (position - low).to(x.dtype).view(shape)
     return mean(low) * (1 - weight) + mean(high) * weight
 
 

@@ -4,6 +4,7 @@ It is fair: requests take turns, so that one image never waits for all 64 of ano
 batches, images of one shape go through it together, from whichever requests they come.
 """
 
+import contextlib
 import logging
 import threading
 from collections import deque
@@ -61,7 +62,8 @@ class ImageQueue:
             if waiting:
                 self.requests.append(deque(waiting))
         for _ in range(min(len(waiting), self.at_once) - 1):
-            self.helpers.submit(self.work, waiting)
+            with contextlib.suppress(RuntimeError):  # no memory for one more thread: this one computes all
+                self.helpers.submit(self.work, waiting)
         self.work(waiting)
         return [item.output for item in waiting]
 
