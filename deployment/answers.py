@@ -2,13 +2,13 @@
 
 | task | answer |
 |---|---|
-| segmentation | `{"base64_prediction": …, "shape": [height, width], "classes": {name: share, …}, "names": [name, …]}`, or a picture |
+| segmentation | `{"base64_prediction": …, "shape": [height, width], "classes": {name: share, …}, "names": [name, …]}` |
 | classification | `{"label": name, "probabilities": {name: probability, …}}`, most probable first |
 | multi-label | `{"labels": [name, …], "probabilities": {name: probability, …}}`, likewise |
 | regression | `{"values": [value, …]}` |
 | points | `{"points": [[x, y], …]}` in pixels of the image as it was sent |
 
-`names` has the name of each index of a mask; JSON objects lose their order on the way through some clients. NumPy and
+Of a mask there is a PNG or a JPEG as well. `names` has the name of each index of a mask; JSON objects lose their order on the way through some clients. NumPy and
 Pillow alone.
 """
 

@@ -5,17 +5,17 @@ import shutil
 import sys
 
 import pytest
-import torch
 import yaml
-from conftest import SMALL, agreement, convert_copy, photo_batch
+from conftest import SMALL, agreement, convert_copy, image_batch, outputs_of
 
-from deployment import openvino_runtime, runtime
+from deployment import runtime
 from deployment.config import read_config
 from deployment.export import ExportError, write_config
-from deployment.export.convert import MIN_AGREEMENT, calibration_photos, convert, convolutions, quantized
-from deployment.openvino_runtime import has_bf16
+from deployment.export.convert import MIN_AGREEMENT, calibration_images, convert, convolutions, quantized, to_openvino
 from deployment.photos import Preprocessor
 from deployment.runtime import RuntimeUnavailable
+from deployment.runtime import openvino as openvino_runtime
+from deployment.runtime.openvino import has_bf16
 
 CONVERT = sys.modules["deployment.export.convert"]  # the module, which the function of its name hides
 
@@ -35,10 +35,20 @@ def test_writes_two_files_and_says_so_in_the_configuration(converted, tmp_path):
 def test_takes_photos_of_any_size_where_nothing_resizes_them(small_store, small_masks, tmp_path):
     shutil.copy(small_store / "fastunet.pth", tmp_path)
     config = convert(dataclasses.replace(SMALL, resize=None), tmp_path)
-    predict = runtime.load(config, tmp_path)
+    model = runtime.load(config, tmp_path)
     for height, width in ((64, 64), (75, 101), (96, 130)):
-        x = photo_batch(2, height, width)
-        assert agreement(predict(x), small_masks(x)) >= MIN_AGREEMENT["fp32"]
+        images = image_batch(2, height, width)
+        assert agreement(outputs_of(model, images), small_masks(images)) >= MIN_AGREEMENT["fp32"]
+
+
+def test_the_shape_is_fixed_where_images_are_resized_and_only_the_sides_are_free_elsewhere(small_store, converted):
+    """A fixed shape is faster."""
+    import openvino
+
+    fixed = openvino.Core().read_model(converted[1] / "fastunet.xml")
+    assert fixed.inputs[0].partial_shape.to_string() == "[1,64,64,3]"
+    free = to_openvino(dataclasses.replace(SMALL, resize=None), small_store)
+    assert free.inputs[0].partial_shape.to_string() == "[1,?,?,3]"
 
 
 def test_int8_reports_accuracy_and_agreement(small_masks, camvid_folder, int8):
@@ -49,9 +59,9 @@ def test_int8_reports_accuracy_and_agreement(small_masks, camvid_folder, int8):
     assert 0.3 < report["pixel_accuracy"]["converted"] < 1
     assert report["drop"] >= 100 * (1 - report["pixel_accuracy"]["converted"]) - 0.01
     assert (folder / "fastunet.bin").stat().st_size < 0.3 * (folder / "fastunet.pth").stat().st_size
-    predict = runtime.load(config, folder)
-    x = torch.stack([Preprocessor(SMALL)((camvid_folder / "images" / f"{i}.png").read_bytes()) for i in range(3)])
-    assert agreement(predict(x), small_masks(x)) == pytest.approx(report["agreement"], abs=1e-6)
+    model = runtime.load(config, folder)
+    images = [Preprocessor(SMALL)((camvid_folder / "images" / f"{i}.png").read_bytes()) for i in range(3)]
+    assert agreement(outputs_of(model, images), small_masks(images)) == pytest.approx(report["agreement"], abs=1e-6)
 
 
 def test_refuses_int8_that_loses_accuracy_and_keeps_what_was_there(
@@ -70,8 +80,8 @@ def test_int8_keeps_the_first_convolution_in_float_and_then_the_last_ones(camvid
     import openvino
 
     base = openvino.Core().read_model(converted[1] / "fastunet.xml")
-    train, _ = calibration_photos(camvid_folder)
-    samples = [Preprocessor(SMALL)(path.read_bytes())[None].numpy() for path in train]
+    train, _ = calibration_images(camvid_folder)
+    samples = [Preprocessor(SMALL)(path.read_bytes())[None] for path in train]
     tries = quantized(base, samples, [], [], [], SMALL, 0.5)
     for in_float in ({0}, {0, -3, -2, -1}):
         names = [op.get_friendly_name() for op in next(tries).get_ops()]
@@ -99,21 +109,20 @@ def test_int8_without_labels_must_agree(small_store, camvid_folder, int8, tmp_pa
 def test_bf16_needs_no_calibration(small_store, small_masks, tmp_path, capsys, caplog):
     config, folder = convert_copy(small_store, tmp_path, "bf16")
     said = "no bf16" in capsys.readouterr().out
-    predict = runtime.load(config, folder)
+    model = runtime.load(config, folder)
     assert said == ("no bf16" in caplog.text) == (not has_bf16())
-    assert agreement(predict(photo_batch(3)), small_masks(photo_batch(3))) >= MIN_AGREEMENT["bf16"]
+    assert agreement(outputs_of(model, image_batch(3)), small_masks(image_batch(3))) >= MIN_AGREEMENT["bf16"]
 
 
 def test_without_bf16_the_model_is_measured_and_served_in_fp32(
     small_store, small_masks, tmp_path, monkeypatch, capsys, caplog
 ):
     monkeypatch.setattr(openvino_runtime, "has_bf16", lambda: False)
-    monkeypatch.setattr(CONVERT, "has_bf16", lambda: False)
     config, folder = convert_copy(small_store, tmp_path, "bf16")
     assert "no bf16" in capsys.readouterr().out
-    predict = runtime.load(config, folder)
+    model = runtime.load(config, folder)
     assert len([record for record in caplog.records if "no bf16" in record.getMessage()]) >= 1
-    assert agreement(predict(photo_batch(3)), small_masks(photo_batch(3))) >= MIN_AGREEMENT["fp32"]
+    assert agreement(outputs_of(model, image_batch(3)), small_masks(image_batch(3))) >= MIN_AGREEMENT["fp32"]
 
 
 @pytest.mark.parametrize(
@@ -159,19 +168,19 @@ def test_refuses_a_precision_that_there_is_not(precision, small_store, tmp_path)
 
 @pytest.mark.parametrize("listing", [None, "0.png\n1.png\n2.png\n", "0\n1\n2\n"], ids=["no list", "names", "stems"])
 @pytest.mark.parametrize("labels", [True, False])
-def test_calibration_photos_are_not_the_ones_that_measure(listing, labels, camvid_folder, tmp_path):
+def test_calibration_images_are_not_the_ones_that_measure(listing, labels, camvid_folder, tmp_path):
     folder = tmp_path / "images" if labels else tmp_path
     shutil.copytree(camvid_folder / "images", folder, dirs_exist_ok=True)
     if listing:
         (tmp_path / "valid.txt").write_text(listing)
-    train, valid = calibration_photos(tmp_path)
+    train, valid = calibration_images(tmp_path)
     assert not {*train} & {*valid}
     assert len(train) + len(valid) == 10
     if listing:
         assert [path.name for path in valid] == ["0.png", "1.png", "2.png"]
 
 
-def test_calibration_photos_are_chosen_evenly_where_there_are_many(camvid_folder, monkeypatch):
-    monkeypatch.setattr(CONVERT, "CALIBRATION_PHOTOS", 4)
-    train, valid = calibration_photos(camvid_folder)
+def test_calibration_images_are_chosen_evenly_where_there_are_many(camvid_folder, monkeypatch):
+    monkeypatch.setattr(CONVERT, "CALIBRATION_IMAGES", 4)
+    train, valid = calibration_images(camvid_folder)
     assert [path.name for path in train] == ["3.png", "4.png", "6.png", "8.png"] and len(valid) == 3

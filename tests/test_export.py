@@ -442,6 +442,7 @@ class Swap(Transform):
     def encodes(self, x: TensorImage): return x.flip(1)
 class Doing(nn.ReLU): pass
 class Photo(PILImage): pass
+def opened(path): return PILImage.create(path)
 """
 
 
@@ -492,6 +493,40 @@ def test_names_the_symbol_that_serving_needs(part, data, trainer, tmp_path):
     with pytest.raises(ExportError, match=rf"their_code\.{name}.*PYTHONPATH.*export_learner"):
         export_learner(load_learner(tmp_path / "learner.pkl"), tmp_path / "store")
     assert not (tmp_path / "store").exists()
+
+
+def test_names_the_opener_that_cannot_be_imported(data, trainer, tmp_path):
+    """Public case A 3."""
+    from fastai.vision.all import CategoryBlock, DataBlock, IndexSplitter, Resize, TransformBlock, vision_learner
+    from fastai.vision.models import resnet18
+
+    module, forget = trainer
+    block = DataBlock(
+        (TransformBlock(type_tfms=module.opened), CategoryBlock),
+        get_y=lambda path: path.stem,
+        splitter=IndexSplitter([3]),
+        item_tfms=Resize(48),
+    )
+    dls = block.dataloaders(sorted(data.glob("?.png")), bs=2, num_workers=0)
+    learner = vision_learner(dls, resnet18, pretrained=False, n_out=3)
+    learner.dls.valid_ds.tls[1].tfms.fs.clear()
+    learner.export(tmp_path / "learner.pkl", pickle_module=pickle)
+    forget()
+    with pytest.raises(ExportError, match=r"opening of images.*their_code\.opened.*PYTHONPATH"):
+        export_learner(load_learner(tmp_path / "learner.pkl"), tmp_path / "store")
+
+
+def test_names_the_package_that_a_callback_lacks(data, tmp_path, monkeypatch):
+    """Public case E 16: the module is here, in fastai, and what it imports is not."""
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(Image=None, Table=None))
+    callback = importlib.import_module("fastai.callback.wandb").WandbCallback
+    learner = make(data)
+    learner.cbs.append(callback.__new__(callback))
+    learner.export(tmp_path / "learner.pkl", pickle_module=pickle)
+    monkeypatch.delitem(sys.modules, "wandb")
+    monkeypatch.delitem(sys.modules, "fastai.callback.wandb")
+    with pytest.raises(ExportError, match="WandbCallback.*pip install wandb"):
+        export_learner(load_learner(tmp_path / "learner.pkl"), tmp_path / "store")
 
 
 class CodeOfAnotherPython:

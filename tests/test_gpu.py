@@ -1,26 +1,35 @@
 """What a CPU can show of serving on a GPU: padding, sizes, the fall-back, workers. `benchmark.gpu` is the rest."""
 
+import dataclasses
 import logging
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from conftest import SMALL, draw_photo, encoded, outputs_of
 from torch import nn
 
-from deployment import gpu_runtime, processes, serve
+from deployment import runtime
 from deployment.archive import ArchiveError, make_archive, set_batch_size
 from deployment.export import ExportError
 from deployment.export.half import Rounding, half_precision
 from deployment.handler import Handler
-from tests.conftest import SMALL, draw_photo, encoded
+from deployment.runtime import cuda
+from deployment.runtime.pytorch import ServedModel
+from deployment.runtime.queue import ImageQueue
+from deployment.server import torchserve
+from deployment.server.processes import free_ports
 
-CPU, SHAPE = torch.device("cpu"), (3, 16, 24)
+CPU, SHAPE = torch.device("cpu"), (16, 24, 3)
+CONFIG = dataclasses.replace(SMALL, n_classes=5, img_size=SHAPE[:2], mean=None, std=None)
 
 
-class Classes(nn.Module):
-    """A network with classes for an answer: uint8 (N, H, W). It notes the sizes of its batches, and the types."""
+class Scaled(nn.Module):
+    """A network of one convolution. It notes the sizes of its batches, and the types."""
 
     def __init__(self, scale: float = 1.0):
         super().__init__()
@@ -29,81 +38,119 @@ class Classes(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.seen.append((len(x), x.dtype))
-        return (self.conv(x * self.scale) / self.scale).argmax(dim=1).to(torch.uint8)
+        return self.conv(x * self.scale) / self.scale
 
 
-def loaded(model: nn.Module, precision: str = "fp32"):
-    predict, used = gpu_runtime.load(model, SHAPE, CPU, precision)
-    return predict, used
+def served(network: nn.Module, monkeypatch) -> ServedModel:
+    """`network` as the model of `CONFIG`."""
+    monkeypatch.setattr("deployment.runtime.pytorch.load_network", lambda *_: network.eval())
+    return ServedModel(CONFIG, Path(), exact=False)
 
 
-def test_batches_are_padded_to_a_few_sizes():
-    model = Classes()
-    predict, _ = loaded(model)
-    photos = torch.randn(70, *SHAPE)
+def loaded(network: nn.Module, monkeypatch, precision: str = "fp32") -> tuple[ImageQueue, str]:
+    return cuda.load(served(network, monkeypatch), SHAPE, CPU, precision)
+
+
+def images(n: int) -> np.ndarray:
+    return np.random.default_rng(n).integers(0, 256, (n, *SHAPE), np.uint8)
+
+
+def masks(network: nn.Module, pixels: np.ndarray, monkeypatch) -> np.ndarray:
+    """What `network` in float32 makes of `pixels`, all in one batch."""
     with torch.inference_mode():
-        expected = model(photos)
+        return served(network, monkeypatch)(torch.from_numpy(pixels)).numpy()
+
+
+def test_batches_are_padded_to_a_few_sizes(monkeypatch):
+    network = Scaled()
+    model, _ = loaded(network, monkeypatch)
+    photos = images(70)
+    expected = masks(Scaled(), photos, monkeypatch)
+    assert len(np.unique(expected)) > 1
     for n, sizes in [(1, [1]), (3, [4]), (7, [8]), (32, [32]), (37, [32, 8]), (70, [32, 32, 8])]:
-        model.seen.clear()
-        assert torch.equal(predict(photos[:n]), expected[:n])  # whatever was in the places of the padding before
-        assert [size for size, _ in model.seen] == sizes
+        network.seen.clear()
+        # whatever was in the places of the padding before
+        assert np.array_equal(outputs_of(model, photos[:n]), expected[:n])
+        assert [size for size, _ in network.seen] == sizes
 
 
 def test_batches_that_do_not_fit_are_not_made(monkeypatch, caplog):
-    prepare = gpu_runtime.prepare
+    prepare = cuda.prepare
 
-    def small(model, x, pool):
-        if len(x) > 4:
+    def small(model, pixels, dtype, pool):
+        if len(pixels) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return prepare(model, x, pool)
+        return prepare(model, pixels, dtype, pool)
 
-    monkeypatch.setattr(gpu_runtime, "prepare", small)
-    model = Classes()
-    predict, _ = loaded(model)
-    model.seen.clear()
-    assert len(predict(torch.randn(9, *SHAPE))) == 9
-    assert [size for size, _ in model.seen] == [4, 4, 1]
-    assert "batches of 8 photos do not fit" in caplog.text
-    monkeypatch.setattr(gpu_runtime, "SIZES", (8,))
+    monkeypatch.setattr(cuda, "prepare", small)
+    network = Scaled()
+    model, _ = loaded(network, monkeypatch)
+    network.seen.clear()
+    assert len(outputs_of(model, images(9))) == 9
+    assert [size for size, _ in network.seen] == [4, 4, 1]
+    assert "batches of 8 images do not fit" in caplog.text
+    monkeypatch.setattr(cuda, "SIZES", (8,))
     with pytest.raises(torch.OutOfMemoryError):
-        loaded(model)
+        loaded(network, monkeypatch)
 
 
-def test_half_precision_is_used_where_it_agrees(caplog):
+def test_images_of_several_sizes_are_not_padded(monkeypatch):
+    network = Scaled()
+    model, _ = cuda.load(served(network, monkeypatch), SHAPE, CPU, "fp32", fixed=False)
+    network.seen.clear()
+    others = np.random.default_rng(0).integers(0, 256, (5, 9, 11, 3), np.uint8)
+    assert np.array_equal(outputs_of(model, others), masks(Scaled(), others, monkeypatch))
+    assert [size for size, _ in network.seen] == [5]
+
+
+def test_half_precision_is_used_where_it_agrees(monkeypatch, caplog):
     caplog.set_level(logging.WARNING)
-    model = Classes()
-    assert [loaded(model, precision)[1] for precision in ("auto", "fp16", "bf16", "fp32")] == [
-        "fp16", "fp16", "bf16", "fp32",
-    ]  # fmt: skip
+    used = [loaded(Scaled(), monkeypatch, precision)[1] for precision in ("auto", "fp16", "bf16", "fp32")]
+    assert used == ["fp16", "fp16", "bf16", "fp32"]
     assert not caplog.records
-    assert loaded(Classes(scale=1e6), "auto")[1] == "bf16"  # more than fp16 can hold
+    assert loaded(Scaled(scale=1e6), monkeypatch, "auto")[1] == "bf16"  # more than fp16 can hold
     assert "fp16 agrees with fp32 on" in caplog.text
-    predict, used = loaded(Classes(scale=1e6), "fp16")
+    model, used = loaded(Scaled(scale=1e6), monkeypatch, "fp16")
     assert used == "fp32"
-    photos = torch.randn(3, *SHAPE)
-    with torch.inference_mode():
-        assert torch.equal(predict(photos), Classes(scale=1e6)(photos))
+    assert np.array_equal(outputs_of(model, images(3)), masks(Scaled(scale=1e6), images(3), monkeypatch))
 
 
-def test_what_insists_on_float32_gets_it(caplog):
-    class Insists(Classes):
+def test_what_comes_before_the_network_stays_in_float32(monkeypatch):
+    network = Scaled()
+    half = cuda.in_half(served(network, monkeypatch), torch.float16)
+    pixels = torch.from_numpy(images(2))
+    assert half.batch_transforms(pixels).dtype == torch.float32
+    assert cuda.compute(half, pixels, torch.float16).dtype == torch.uint8
+    assert half.network.seen == [(2, torch.float16)]
+    assert network.conv.weight.dtype == torch.float32  # the original is as it was
+
+
+def test_what_insists_on_float32_gets_it(monkeypatch, caplog):
+    class Insists(Scaled):
         def forward(self, x):
             if x.dtype != torch.float32:
                 raise RuntimeError("expected float32")
             return super().forward(x)
 
-    assert loaded(Insists(), "auto")[1] == "fp32"
+    assert loaded(Insists(), monkeypatch, "auto")[1] == "fp32"
     assert "does not run in fp16: expected float32" in caplog.text
+
+
+def test_the_warm_up_image_is_like_one():
+    for shape in (SHAPE, (96, 128, 3), (1, 1, 1), (5, 300, 4)):
+        image = cuda.warm_up_image(shape)
+        assert image.dtype == torch.uint8 and image.shape == (1, *shape)
+    assert len(cuda.warm_up_image((96, 128, 3)).unique()) > 100
 
 
 def test_agreement():
     a = torch.tensor([0, 1, 2, 3], dtype=torch.uint8)
-    assert gpu_runtime.agreement(a, torch.tensor([0, 1, 2, 9], dtype=torch.uint8)) == 0.75
-    assert gpu_runtime.agreement(torch.tensor([[1.0, 0.5]]), torch.tensor([[1.004, 0.6]])) == 0.5
+    assert cuda.agreement(a, torch.tensor([0, 1, 2, 9], dtype=torch.uint8)) == 0.75
+    assert cuda.agreement(torch.tensor([[1.0, 0.5]]), torch.tensor([[1.004, 0.6]])) == 0.5
 
 
 def test_emulated_rounding_is_that_of_the_type():
-    x = torch.rand(1, *SHAPE)
+    x = torch.rand(1, 3, 16, 24)
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Sigmoid()).eval()
     program = torch.export.export(model, (x,)).module()
     exact, half = model(x), model.bfloat16()(x.bfloat16()).float()
@@ -127,33 +174,34 @@ def test_photos_are_decoded_in_threads(small_store, monkeypatch):
     handler = Handler()
     handler.load(small_store)
     photos = [encoded(draw_photo(seed)) for seed in range(2)]
-    alone = [handler.preprocess({"body": photo}).photos[0] for photo in photos]
+    alone = [handler.preprocess({"body": photo}).items[0] for photo in photos]
     decode, both = handler.preprocessor.decode, threading.Barrier(2, timeout=10)
 
-    def meet(image):
+    def meet(header):
         both.wait()  # passes only when two photos are decoded at the same time
-        return decode(image)
+        return decode(header)
 
     monkeypatch.setattr(handler.preprocessor, "decode", meet)
     handler.threads = ThreadPoolExecutor(2)
     jobs = [handler.read({"body": photo}, "") for photo in photos]
     handler.decode(jobs)
     for job, expected in zip(jobs, alone, strict=True):
-        assert torch.equal(job.photos[0].x, expected.x) and job.photos[0].image is None
+        (item,) = job.items
+        assert np.array_equal(item.pixels, expected.pixels)
+        assert item.header is None and item.shown is None and not item.data
 
 
 @pytest.fixture
 def two_gpus(monkeypatch):
     monkeypatch.delenv("TS_DEFAULT_WORKERS_PER_MODEL", raising=False)
-    for module in (processes, serve):
-        monkeypatch.setattr(module, "gpus", lambda: 2)
-    monkeypatch.setattr(serve, "cores", lambda: 8)
+    monkeypatch.setattr(torchserve, "gpus", lambda: 2)
+    monkeypatch.setattr(torchserve, "cores", lambda: 8)
 
 
 def test_one_worker_per_gpu(two_gpus, monkeypatch):
-    assert serve.workers_and_threads() == serve.workers_and_threads("openvino") == (2, 4)
+    assert torchserve.workers_and_threads() == torchserve.workers_and_threads("openvino") == (2, 4)
     monkeypatch.setenv("TS_DEFAULT_WORKERS_PER_MODEL", "3")
-    assert serve.workers_and_threads()[0] == 3
+    assert torchserve.workers_and_threads()[0] == 3
 
 
 def test_an_archive_for_a_gpu_has_larger_batches(two_gpus, small_store, tmp_path):
@@ -162,9 +210,9 @@ def test_an_archive_for_a_gpu_has_larger_batches(two_gpus, small_store, tmp_path
         shutil.copy(file, tmp_path)
     set_batch_size(tmp_path, "cuda")
     make_archive(tmp_path)
-    port = serve.free_ports(1)[0]
-    with serve.torchserve(tmp_path, management_port=port):
-        model = serve.model_status(port)
+    port = free_ports(1)[0]
+    with torchserve.torchserve(tmp_path, management_port=port):
+        model = torchserve.model_status(port)
     assert (model["batchSize"], model["maxBatchDelay"], len(model["workers"])) == (32, 1, 2)
     set_batch_size(tmp_path, "cpu")
     assert (tmp_path / "model-config.yaml").read_text() == (small_store / "model-config.yaml").read_text()
@@ -175,7 +223,7 @@ def test_an_archive_for_a_gpu_has_larger_batches(two_gpus, small_store, tmp_path
 
 def test_gpus_are_counted_only_where_there_is_a_driver(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(processes.os.path, "exists", lambda path: path == "/dev/nvidiactl")
-    assert processes.gpus.__wrapped__() == 1
-    monkeypatch.setattr(processes.os.path, "exists", lambda path: False)
-    assert processes.gpus.__wrapped__() == 0
+    monkeypatch.setattr(runtime.os.path, "exists", lambda path: path == "/dev/nvidiactl")
+    assert runtime.gpus.__wrapped__() == 1
+    monkeypatch.setattr(runtime.os.path, "exists", lambda path: False)
+    assert runtime.gpus.__wrapped__() == 0

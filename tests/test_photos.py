@@ -14,7 +14,8 @@ from conftest import SMALL, bomb, draw_photo, encoded
 from PIL import Image
 
 from deployment.export.accuracy import as_model_sees
-from deployment.photos import FORMATS, PixelBudget, Preprocessor, resized_box
+from deployment.geometry import resized_box
+from deployment.photos import FORMATS, PixelBudget, Preprocessor
 from deployment.protocol import Rejected
 from deployment.runtime.pytorch import BatchTransforms, resample_affine
 

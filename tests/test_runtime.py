@@ -421,6 +421,29 @@ def test_without_a_size_each_sample_is_a_pixel():
         assert torch.allclose(resample_affine(x, align_corners=align_corners), x, atol=1e-4)
 
 
+class Resampling(torch.nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.options = options
+
+    def forward(self, x):
+        return resample_in_graph(x, **self.options)
+
+
+@pytest.mark.parametrize("shape", [(301, 700), (417, 333), (611, 900), (1201, 803)], ids=str)
+@pytest.mark.parametrize("ratio", [None, [0.75, 4 / 3]], ids=str)
+def test_openvino_resamples_images_of_a_fixed_size_as_fastai_does(shape, ratio):
+    """It has no float64, on whose last bit the number of areas hangs."""
+    import openvino
+
+    options = {"size": (96, 100)} | ({"ratio": ratio, "scale": 0.9} if ratio else {})
+    x = torch.rand(1, 3, *shape, generator=torch.Generator().manual_seed(0))
+    model = openvino.convert_model(torch.export.export(Resampling(**options), (x,)))
+    model.reshape([1, 3, *shape])
+    made = openvino_runtime.compile_model(model, 1)(x.numpy())[0]
+    assert np.allclose(made, resample_affine(x, **options).numpy(), atol=1e-4)
+
+
 # --- OpenVINO ---
 
 

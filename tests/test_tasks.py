@@ -265,7 +265,13 @@ def refused() -> dict[str, tuple]:
         ),
         "two photos": ((photo, fastai.ImageBlock(), categories), lambda p: p.stem, own, raw, "2 inputs"),
         "no activation": ((photo, categories), lambda p: KINDS[int(p.stem) % 3], own, raw, "CrossEntropyLossFlat()"),
-        "names": ((photo, fastai.CategoryBlock()), lambda p: "ab"[int(p.stem) % 2], own, None, "but the learner has the names"),
+        "names": (
+            (photo, fastai.CategoryBlock()),
+            lambda p: "ab"[int(p.stem) % 2],
+            own,
+            None,
+            "but the learner has the names",
+        ),
         "half a point": ((photo, fastai.PointBlock), lambda p: [[1.0, 2.0]], own, None, "cannot be points"),
     }
 

@@ -79,6 +79,7 @@ def export_learner(
         ExportError: the learner holds something that cannot be reproduced, the copy's answer differs, the runtime
             cannot be had, or the converted model is not good enough.
     """
+    images = find_images(check, any_file=open is not None) if check else None
     out_dir = Path(out_dir)
     existed = out_dir.exists()
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -87,7 +88,7 @@ def export_learner(
             folder = Path(scratch, "store")  # takes its place in `out_dir` once all is well
             folder.mkdir()
             with on_cpu(learner) as model:
-                config, images = write_proven(learner, model, folder, check, open)
+                config, images = write_proven(learner, model, folder, images, open)
             try:
                 precision = precision or PRECISIONS.get(runtime, (None,))[0]
                 check_runtime(runtime, precision)
@@ -108,26 +109,23 @@ def export_learner(
 
 
 def write_proven(
-    learner, model: torch.nn.Module, folder: Path, check: Path | str | None, opener: Path | str | None
+    learner, model: torch.nn.Module, folder: Path, images: list[Path] | None, opener: Path | str | None
 ) -> tuple[Config, list[Path]]:
     """Write network, configuration and opener of `learner` into `folder`, and prove them; the images of the proof.
 
     Where a `DynamicUnetDIY` does not come out equal, a program takes its place.
     """
+    open_image = None
     if opener:
-        if not check:
+        if not images:
             raise ExportError("--open needs images to prove it on, as the learner gets them: --check DIR")
         try:
             open_image = load_opener(Path(opener))
         except (OSError, ValueError) as error:
             raise ExportError(str(error)) from error
         shutil.copy(opener, folder / "open_image.py")
-    else:
-        open_image = None
     pipeline = read_pipeline(learner.dls, sample_file(folder.parent), open_image is not None)
-    if check:
-        images = find_images(check, any_file=open_image is not None)
-    else:
+    if not images:
         images = sample_images(folder.parent, image_size(learner, pipeline), large=pipeline.size is not None)
     config = describe_learner(learner, model, images[0], pipeline, open_image)
     if config.arch:

@@ -21,7 +21,9 @@ def main() -> None:
     parser.add_argument("learner", help="the file that learn.export() wrote")
     parser.add_argument("--out", default="model_store", help="folder to write into (default: %(default)s)")
     parser.add_argument("--check", metavar="DIR", help="images to prove the copy on (default: generated ones)")
-    parser.add_argument("--open", metavar="FILE.py", help="your open_image(data), where the learner opens images itself")
+    parser.add_argument(
+        "--open", metavar="FILE.py", help="your open_image(data), where the learner opens images itself"
+    )
     parser.add_argument(
         "--trust", action="store_true", help="you know where the file is from: loading it runs its code"
     )

@@ -146,7 +146,9 @@ def quantized(base, samples: list, inputs, labels, original, config: Config, max
         return -compare(config, original, converted, labels)["drop"], None
 
     control = {"max_drop": max_drop, "ignored_scope": first, **settings}
-    yield nncf.quantize_with_accuracy_control(base, data, nncf.Dataset([image[None] for image in inputs]), change, **control)
+    yield nncf.quantize_with_accuracy_control(
+        base, data, nncf.Dataset([image[None] for image in inputs]), change, **control
+    )
 
 
 def up_to_first_convolution(base) -> list[str]:

@@ -134,7 +134,9 @@ def require_network(model: torch.nn.Module) -> None:
                 parts.append(child)
     for name, value in model.state_dict().items():
         if isinstance(value, torch.Tensor) and value.is_floating_point() and value.isnan().any():
-            raise ExportError(f"the network's weight {name} holds NaN: the training diverged, and nothing can be served")
+            raise ExportError(
+                f"the network's weight {name} holds NaN: the training diverged, and nothing can be served"
+            )
 
 
 @contextlib.contextmanager

@@ -56,7 +56,9 @@ def write_onnx(config: Config, folder: Path | str, images: list[Path]) -> None:
     agreement = equal / answers
     if not (difference <= MAX_DIFFERENCE and agreement >= MIN_AGREEMENT):
         raise ExportError(f"onnxruntime is off by up to {difference:.2g}, {agreement:.2%} of its answers are the same")
-    print(f"fastunet.onnx: {agreement:.3%} of the answers to {len(images)} images equal, off by {difference:.1g} at most")
+    print(
+        f"fastunet.onnx: {agreement:.3%} of the answers to {len(images)} images equal, off by {difference:.1g} at most"
+    )
     os.replace(part, Path(folder, "fastunet.onnx"))
 
 

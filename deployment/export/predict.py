@@ -58,7 +58,9 @@ def predict_file(learner, model: torch.nn.Module, path: Path, skip: int = 0, dec
     except Exception as error:  # of the network, a callback, the loss function or the labels' transforms: any
         if seen and not isinstance(seen[-1][1], torch.Tensor):
             given = name_of(seen[-1][1])
-            raise ExportError(f"the network gives {given} and not a tensor, which serving cannot answer with") from error
+            raise ExportError(
+                f"the network gives {given} and not a tensor, which serving cannot answer with"
+            ) from error
         size = " × ".join(map(str, x.shape[-2:]))
         raise ExportError(
             f"{path.name}: the learner fails on an image of {size} pixels, {one_line(error)}; give images as it gets "

@@ -155,9 +155,7 @@ def first_pixel(theirs: np.ndarray, ours: np.ndarray) -> str:
     return f"{theirs[y, x].tolist()} against {ours[y, x].tolist()} in row {y}, column {x}"
 
 
-def compare_logits(
-    path: Path, theirs: Steps, x: torch.Tensor, served: ServedModel, model: torch.nn.Module
-) -> None:
+def compare_logits(path: Path, theirs: Steps, x: torch.Tensor, served: ServedModel, model: torch.nn.Module) -> None:
     """Raises NetworkDiffers where the networks differ, ExportError where the learner's own logits cannot be served."""
     if theirs.logits.isnan().any():
         raise ExportError(f"{path.name}: the learner's own logits are NaN, so there is no answer to serve")

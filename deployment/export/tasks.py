@@ -19,14 +19,14 @@ def describe_task(learner, output: torch.Size) -> dict:
         return {"task": "segmentation", **decoding, "classes": class_names(learner.dls, output[1])}
     task, n_out = named_task(kinds, transforms), output[1] if len(output) == 2 else 1
     if task == "segmentation" or len(output) > 2:
-        raise ExportError(f"the network gives values of shape {tuple(output[1:])} for an image, which is not what {task} needs")
+        raise ExportError(
+            f"the network gives values of shape {tuple(output[1:])} for an image, which is not what {task} needs"
+        )
     classes = []
     if task in ("classification", "multi-label"):
         classes = [str(name) for transform in transforms for name in getattr(transform, "vocab", None) or []]
         if len(classes) != n_out or len(set(classes)) < len(classes):
-            raise ExportError(
-                f"the network gives {n_out} values, but the learner has the names {classes}"
-            )
+            raise ExportError(f"the network gives {n_out} values, but the learner has the names {classes}")
     if task == "points" and n_out % 2:
         raise ExportError(f"the network gives {n_out} values, which cannot be points of x and y")
     return {"task": task, **describe_decoding(learner.loss_func, task, (64, n_out)), "classes": classes}
@@ -56,7 +56,13 @@ def target(dls) -> tuple[list[type], list]:
 
 def known_decoding(transform) -> bool:
     """Whether `transform`, of the labels, decodes nothing, or as fastai's own classes do."""
-    from fastai.data.transforms import Categorize, EncodedMultiCategorize, MultiCategorize, OneHotEncode, RegressionSetup
+    from fastai.data.transforms import (
+        Categorize,
+        EncodedMultiCategorize,
+        MultiCategorize,
+        OneHotEncode,
+        RegressionSetup,
+    )
 
     own = (Categorize, MultiCategorize, EncodedMultiCategorize, OneHotEncode, RegressionSetup)
     return type(transform) in own or getattr(transform, "decodes", None) is None
@@ -140,7 +146,7 @@ def describe_decoding(loss_func, task: str, shape: tuple[int, ...]) -> dict:
 
 
 def decision(values: torch.Tensor, task: str, threshold: float | None) -> torch.Tensor:
-    """What `learn.predict` says first, of what `runtime.pytorch.decode` returns: one class, a yes for each, or the values."""
+    """What `learn.predict` decides on the values of an answer: one class, a yes for each, or the values themselves."""
     if task == "classification":
         return values.argmax(dim=1)
     return values > threshold if task == "multi-label" else values

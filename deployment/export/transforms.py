@@ -16,13 +16,13 @@ from PIL import Image
 
 from .learner import ExportError, name_of, require
 
-OPEN_IMAGE = '''\
+OPEN_IMAGE = """\
 import io
 from PIL import Image
 
 def open_image(data: bytes):  # the bytes of a file; what the learner's own steps make of them, before its Resize
     return Image.open(io.BytesIO(data)).convert("RGB")  # or an array (height, width, channels)
-'''
+"""
 
 
 @dataclass
@@ -36,7 +36,9 @@ class ImagePipeline:
     mean: list[float] | None = None
     std: list[float] | None = None
     size: list[int] | None = None  # (height, width) that the network sees; None: the image's own
-    own: list[Callable] = field(default_factory=list)  # what comes after, from the reader's first own batch transform on
+    own: list[Callable] = field(
+        default_factory=list
+    )  # what comes after, from the reader's first own batch transform on
 
 
 def read_pipeline(dls, sample: Path, opens_itself: bool) -> ImagePipeline:
@@ -79,6 +81,7 @@ def read_opening(dls, sample: Path, opens_itself: bool) -> int:
     chain = dls.valid_ds.tls[0]
     for step in chain.tfms.fs:
         require(step, "the opening of images")
+        require(function_of(step), "the opening of images")
     kinds = [kind for one in chain.types for kind in (one if isinstance(one, list | tuple) else [one])]
     for kind in kinds:
         require(kind, "the opening of images")

@@ -61,107 +61,124 @@ def lenient_pickle(found: Found, own_code: bool) -> types.SimpleNamespace:
     Functions that were pickled with their code are taken from the installed module that they are from. Their bytecode
     is used only with `own_code`: that of another Python can crash this one.
     """
+    unpickler = type("Unpickler", (LenientUnpickler,), {"found": found, "own_code": own_code})
 
-    class Code(tuple):
-        """The arguments of a code object."""
+    def load(file, **options):
+        return unpickler(file, **options).load()
 
-        def __new__(cls, *args):
-            return super().__new__(cls, args)
+    return types.SimpleNamespace(__name__="pickle", Unpickler=unpickler, load=load)
 
-    def make_function(code, scope, *_):
+
+class Code(tuple):
+    """The arguments of a code object."""
+
+    def __new__(cls, *args):
+        return super().__new__(cls, args)
+
+
+class LenientUnpickler(pickle._Unpickler):  # the one in Python, whose steps can be changed
+    """See `lenient_pickle`, which sets `found` and `own_code`."""
+
+    found: Found
+    own_code: bool
+    dispatch = pickle._Unpickler.dispatch.copy()
+
+    def load_build(self):
+        """Set an object's state. plum's, which dispatch fastai's transforms, are compiled on most Pythons.
+
+        Their state is a dict then, else a pair of None and a dict: take either.
+        """
+        thing, state = self.stack[-2:]
+        if type(thing).__module__.startswith("plum.") and not hasattr(thing, "__dict__"):
+            self.stack.pop()
+            for name, value in (state[1] if isinstance(state, tuple) else state).items():
+                setattr(thing, name, value)
+        else:
+            super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+    def find_class(self, module: str, name: str):
+        if module.partition(".")[0] == "cloudpickle" and (function := self.cloudpickled(name)):
+            return function
+        if (module, name) == ("dill._dill", "_create_function"):
+            return dill_function
+        if module in ("builtins", "__builtin__") and name == "getattr":
+            return attribute
+        if module.partition(".")[0] == "pathlib":  # Python 3.13 alone has pathlib._local
+            module, name = "pathlib", "Path" if name in ("PosixPath", "WindowsPath") else name  # the other system's
+        try:
+            here = getattr(sys.modules["__main__"], "__package__", None)
+            if not (module == "__main__" and here == __package__):  # the trainer's __main__ was another program
+                return super().find_class(module, name)
+        except (ImportError, AttributeError):
+            if module.partition(".")[0] in ("fastcore", "dill"):  # of an older fastai, or not installed: see why_not
+                raise
+        return stand_in(f"{module}.{name}")
+
+    def cloudpickled(self, name: str):
+        """What takes the place of cloudpickle's function `name`; None: nothing does."""
+        functions = {"_builtin_type": self.builtin_type, "subimport": import_module}
+        if not self.own_code:
+            functions |= {
+                "_make_function": self.make_function,
+                "_make_skeleton_class": self.make_class,
+                "_make_skeleton_enum": self.make_enum,
+                "_function_setstate": keep,
+                "_class_setstate": keep,
+            }
+        return functions.get(name)
+
+    def make_function(self, code, scope, *_):
         module, (filename, name, qualname) = scope.get("__name__", "__main__"), code[10:13]
         if version := re.search(r"[Pp]ython(3)\.?(\d+)", filename):
-            found.python = ".".join(version.groups())
+            self.found.python = ".".join(version.groups())
         function = installed(module, name, qualname if isinstance(qualname, str) else None, code[9][: code[0]])
         if function:
-            found.installed.append((code[6], function))
+            self.found.installed.append((code[6], function))
             return function
-        found.missing = True
-        return stand_in(f"{module}.{name}", found)
+        self.found.missing = True
+        return stand_in(f"{module}.{name}", self.found)
 
-    def make_class(kind, name, bases, options, *_):
-        found.missing = True
-        return stand_in(f"{options.get('__module__', '__main__')}.{name}", found)
+    def make_class(self, kind, name, bases, options, *_):
+        self.found.missing = True
+        return stand_in(f"{options.get('__module__', '__main__')}.{name}", self.found)
 
-    def make_enum(bases, name, members, qualname, module, *_):
-        found.missing = True
-        return stand_in(f"{module}.{name}", found)
+    def make_enum(self, bases, name, members, qualname, module, *_):
+        self.found.missing = True
+        return stand_in(f"{module}.{name}", self.found)
 
-    def builtin_type(name: str):
-        if name == "CodeType" and not own_code:
+    def builtin_type(self, name: str):
+        if name == "CodeType" and not self.own_code:
             return Code
         return typing.Union if name == "UnionType" else getattr(types, name)  # one and the same from Python 3.14 on
 
-    def import_module(name: str):
-        try:
-            return importlib.import_module(name)
-        except ImportError:
-            return stand_in(name)
 
-    def attribute(thing, name: str, *default):
-        try:
-            return getattr(thing, name, *default)
-        except AttributeError:  # such as a function's __annotate__, which Python 3.14 has
-            return stand_in(f"{getattr(thing, '__qualname__', thing)}.{name}")
+def import_module(name: str):
+    """The module `name`, or a stand-in."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return stand_in(name)
 
-    def nothing(thing, state):
-        return thing
 
-    cloudpickled = {"_builtin_type": builtin_type, "subimport": import_module}
-    if not own_code:
-        cloudpickled |= {
-            "_make_function": make_function,
-            "_make_skeleton_class": make_class,
-            "_make_skeleton_enum": make_enum,
-            "_function_setstate": nothing,
-            "_class_setstate": nothing,
-        }
+def attribute(thing, name: str, *default):
+    """As `getattr`, or a stand-in."""
+    try:
+        return getattr(thing, name, *default)
+    except AttributeError:  # such as a function's __annotate__, which Python 3.14 has
+        return stand_in(f"{getattr(thing, '__qualname__', thing)}.{name}")
 
-    def dill_function(code, scope, *rest):
-        """A function that dill took apart, whose module may be missing here."""
-        create = importlib.import_module("dill._dill")._create_function
-        return create(code, scope if isinstance(scope, dict) else {"__builtins__": builtins}, *rest)
 
-    class Unpickler(pickle._Unpickler):  # the one in Python, whose steps can be changed
-        dispatch = pickle._Unpickler.dispatch.copy()
+def keep(thing, state):
+    """`thing`, whose state plays no part."""
+    return thing
 
-        def load_build(self):
-            """Set an object's state. plum's, which dispatch fastai's transforms, are compiled on most Pythons.
 
-            Their state is a dict then, else a pair of None and a dict: take either.
-            """
-            thing, state = self.stack[-2:]
-            if type(thing).__module__.startswith("plum.") and not hasattr(thing, "__dict__"):
-                self.stack.pop()
-                for name, value in (state[1] if isinstance(state, tuple) else state).items():
-                    setattr(thing, name, value)
-            else:
-                super().load_build()
-
-        dispatch[pickle.BUILD[0]] = load_build
-
-        def find_class(self, module: str, name: str):
-            if module.partition(".")[0] == "cloudpickle" and name in cloudpickled:
-                return cloudpickled[name]
-            if (module, name) == ("dill._dill", "_create_function"):
-                return dill_function
-            if module in ("builtins", "__builtin__") and name == "getattr":
-                return attribute
-            if module.partition(".")[0] == "pathlib":  # Python 3.13 alone has pathlib._local
-                module, name = "pathlib", "Path" if name in ("PosixPath", "WindowsPath") else name  # the other system's
-            try:
-                here = getattr(sys.modules["__main__"], "__package__", None)
-                if not (module == "__main__" and here == __package__):  # the trainer's __main__ was another program
-                    return super().find_class(module, name)
-            except (ImportError, AttributeError):
-                if module.partition(".")[0] in ("fastcore", "dill"):  # of an older fastai, or not installed: see why_not
-                    raise
-            return stand_in(f"{module}.{name}")
-
-    def load(file, **options):
-        return Unpickler(file, **options).load()
-
-    return types.SimpleNamespace(__name__="pickle", Unpickler=Unpickler, load=load)
+def dill_function(code, scope, *rest):
+    """A function that dill took apart, whose module may be missing here."""
+    create = importlib.import_module("dill._dill")._create_function
+    return create(code, scope if isinstance(scope, dict) else {"__builtins__": builtins}, *rest)
 
 
 def installed(module: str, name: str, qualname: str | None, arguments: tuple) -> types.FunctionType | None:

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.export.passes import move_to_device_pass
 
 from ..config import Config
+from ..geometry import middle_of_ratio, sampled_cells, shrink_factor
 from ..model import DynamicUnetDIY
-from ..photos import middle_of_ratio, shrink_factor
 from ..protocol import bad_image
 from . import RuntimeUnavailable
 from .queue import ImageQueue
@@ -42,7 +43,7 @@ def load_pytorch(config: Config, folder: Path | str, gpu: int | None = None, thr
     if device.type == "cuda":
         from . import cuda
 
-        model = ServedModel(config, folder, exact=precision == "fp32")
+        model = ServedModel(config, folder, exact=precision == "fp32", device=device)
         images, precision = cuda.load(model, warm_up_size(config), device, precision, not config.keeps_image_size)
     else:
         images, precision = eager(config, folder), "fp32"
@@ -93,7 +94,7 @@ def choose_device(gpu: int | None = None) -> torch.device:
     return torch.device("cpu")
 
 
-def load_network(config: Config, folder: Path | str) -> nn.Module:
+def load_network(config: Config, folder: Path | str, device: torch.device | str = "cpu") -> nn.Module:
     """The network of `config`, in evaluation mode: float32 (N, channels, H, W) to the learner's logits.
 
     It is a `DynamicUnetDIY` with the weights in `folder`/fastunet.pth, or the program in `folder`/fastunet.pt2, which
@@ -105,16 +106,18 @@ def load_network(config: Config, folder: Path | str) -> nn.Module:
     """
     path = Path(folder, config.model_file)
     if not config.arch:
-        return load_program(path)
-    weights = torch.load(path, map_location="cpu", weights_only=True)
+        return load_program(path, device)
+    weights = torch.load(path, map_location=device, weights_only=True)
     with torch.device("meta"):  # no memory, no random initialization: every tensor comes from the file
         network = DynamicUnetDIY(config.arch, config.n_classes, config.img_size, **config.options)
     network.load_state_dict(weights, strict=True, assign=True)
     return network.eval()
 
 
-def load_program(path: Path) -> nn.Module:
-    """The program at `path` as a module of torch's own operations and its tensors: no fastai, no timm.
+def load_program(path: Path, device: torch.device | str = "cpu") -> nn.Module:
+    """The program at `path` on `device`, as a module of torch's own operations and its tensors: no fastai, no timm.
+
+    It moves there whole: operations that make tensors name their device, which a module's own `to` does not change.
 
     A program must come from where you trust it. `torch.export.load` opens the pickles that it may hold, which can run
     any code: those that are more than tensors are refused here, by `weights_only`, before. But it also reads the sizes
@@ -133,7 +136,10 @@ def load_program(path: Path) -> nn.Module:
             for entry, name in entries.items():
                 if entry.file_size and (name.endswith(".pt") or name in pickled):
                     torch.load(io.BytesIO(file.read(entry)), weights_only=True)
-        module = torch.export.load(path).module(check_guards=False).requires_grad_(False)
+        program = torch.export.load(path)
+        if torch.device(device).type != "cpu":
+            program = move_to_device_pass(program, str(device))
+        module = program.module(check_guards=False).requires_grad_(False)
     except FileNotFoundError:
         raise
     except Exception as error:  # of a damaged file: any
@@ -152,10 +158,17 @@ class ServedModel(nn.Module):
         in_graph: resample with operations that other runtimes have, for images of any size: see `resample_in_graph`.
     """
 
-    def __init__(self, config: Config, folder: Path | str, exact: bool = True, in_graph: bool = False):
+    def __init__(
+        self,
+        config: Config,
+        folder: Path | str,
+        exact: bool = True,
+        in_graph: bool = False,
+        device: torch.device | str = "cpu",
+    ):
         super().__init__()
         self.config = config
-        self.network = load_network(config, folder)
+        self.network = load_network(config, folder, device)
         self.batch_transforms = BatchTransforms(config, in_graph)
         self.pixels_dtype = getattr(torch, config.dtype)
         self.masks, self.threshold = config.task == "segmentation", config.threshold
@@ -240,35 +253,40 @@ def resample_in_graph(
     """As `resample_affine`, to within rounding, in operations that a graph for images of any size can hold.
 
     Along each axis every sample lies between two cells: pixels, or where the image is much larger than `size` means
-    over areas, which are differences of a cumulative sum. How many cells there are often hangs on the last bit of
-    float64. OpenVINO has float32 alone, and so may take one cell less, where sizes are free; fixed ones it never sees.
+    over areas, which are differences of a cumulative sum. How many areas there are may hang on the last bit of float64:
+    in a graph for images of any size it is computed by the runtime, and OpenVINO, which has float32, may be off by one.
     """
     if size is None and not ratio:
         return x  # each sample is a pixel
-    height, width = (torch.scalar_tensor(side, dtype=torch.float64) for side in x.shape[-2:])
-    top = left = torch.zeros((), dtype=torch.float64)
-    h, w = height, width
+    shape, out = x.shape[-2:], size or x.shape[-2:]
+    h, w = height, width = [scalar(side) for side in shape]
+    top = left = scalar(0)
     if ratio:
         too_tall, too_wide = width / height < ratio[0], width / height > ratio[1]
         h = torch.floor(torch.where(too_tall, torch.floor(width / ratio[0]), height) * scale)
         w = torch.floor(torch.where(too_wide, torch.floor(height * ratio[1]), width) * scale)
         top, left = torch.floor((height - h) / 2), torch.floor((width - w) / 2)
-    out_h, out_w = size or x.shape[-2:]
-    shrink = torch.ones((), dtype=torch.float64)
-    if mode == "bilinear":
+    if all(isinstance(side, int) for side in shape):
+        part = middle_of_ratio(shape, ratio, scale) if ratio else shape
+        rows, columns = map(scalar, sampled_cells(part, out, mode, align_corners))
+    else:
         # Of corners that are not aligned the grid falls short of -1 and 1: see `zoom` there.
-        zoom = 1.0 if align_corners else max(out_h, out_w) / max(max(out_h, out_w) - 1, 1)
-        factor = torch.minimum(h / out_w, w / 2) / 2
-        shrink = torch.where(factor > zoom, factor, 1.0)
-    x = sample_axis(x, 2, h, top, out_h, shrink, mode, align_corners)
-    return sample_axis(x, 3, w, left, out_w, shrink, mode, align_corners)
+        zoom = 1.0 if align_corners else max(out) / max(max(out) - 1, 1)
+        shrink = torch.minimum(h / out[1], w / 2) / 2
+        shrink = torch.where(shrink > zoom, shrink, 1.0) if mode == "bilinear" else scalar(1)
+        rows, columns = torch.floor(h * (1 / shrink)), torch.floor(w * (1 / shrink))
+    x = sample_axis(x, 2, h, top, rows, out[0], mode, align_corners)
+    return sample_axis(x, 3, w, left, columns, out[1], mode, align_corners)
+
+
+def scalar(number: int | torch.SymInt) -> Tensor:
+    return torch.scalar_tensor(number, dtype=torch.float64)
 
 
 def sample_axis(
-    x: Tensor, axis: int, n: Tensor, start: Tensor, out: int, shrink: Tensor, mode: str, align_corners: bool
+    x: Tensor, axis: int, n: Tensor, start: Tensor, cells: Tensor, out: int, mode: str, align_corners: bool
 ) -> Tensor:
-    """`out` samples along `axis` (2 or 3) of the `n` pixels from `start` on, which are shrunk by `shrink` before."""
-    cells = torch.floor(n * (1 / shrink))  # as `F.interpolate` does it
+    """`out` samples along `axis` (2 or 3) of the `n` pixels from `start` on, of which `cells` are made before."""
     samples = torch.arange(out, dtype=torch.float64)
     if not align_corners:
         position = torch.minimum(torch.clamp((samples + 0.5) * cells / out - 0.5, min=0.0), cells - 1)
