@@ -4,10 +4,10 @@ Needs this file, benchmark/load.py and deployment/ alone; the weights are random
 under ten minutes it prints, and writes to gpu_results.json under the card's name:
 
 exactness    float32 on the GPU beside float32 on the CPU, and half precision beside float32: the share of equal pixels
-in process   batches of 1 to 64 photos, from tensors on the CPU to masks on it: PyTorch as it is in float32, what serves
-             (`deployment.gpu_runtime`), and `torch.compile` in float16 where there is a compiler
-over HTTP    JPEG photos to answers, through the Python server and through TorchServe
-memory       batches, and a photo, for which there is too little: who gets an answer
+in process   batches of 1 to 64 images, from pixels on the CPU to masks on it: PyTorch as it is in float32, what serves
+             (`deployment.runtime.cuda`), and `torch.compile` in float16 where there is a compiler
+over HTTP    JPEG images to answers, through the Python server and through TorchServe
+memory       batches, and an image, for which there is too little: who gets an answer
 """
 
 import base64
@@ -24,16 +24,18 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from benchmark import load
-from deployment import gpu_runtime, runtime
+from deployment import runtime
 from deployment.config import Config
 from deployment.export import write_config
 from deployment.handler import Handler
 from deployment.model import DynamicUnetDIY
+from deployment.runtime import cuda
+from deployment.runtime.pytorch import ServedModel
 from deployment.server.processes import free_ports, started
 
 RESULTS = Path(__file__).with_name("gpu_results.json")
@@ -55,40 +57,61 @@ def write_model(config: Config, folder: Path) -> Path:
 
 def photo(width: int, height: int) -> bytes:
     """A JPEG."""
-    x = gpu_runtime.warm_up_photo((3, height, width))[0].mul(50).add(128).clamp(0, 255).to(torch.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(x.permute(1, 2, 0).numpy()).save(buffer, "JPEG")
+    Image.fromarray(cuda.warm_up_image((height, width, 3))[0].numpy()).save(buffer, "JPEG")
     return buffer.getvalue()
 
 
 def exactness(folder: Path, device: torch.device) -> dict[str, float]:
-    """Shares of equal pixels, on one photo-like input: on the GPU in each precision, beside float32 on the CPU."""
-    x = gpu_runtime.warm_up_photo((CONFIG.n_in, *CONFIG.img_size))
-    expected = runtime.eager(CONFIG, folder, torch.device("cpu"))(x)
+    """Shares of equal pixels, on one image: on the GPU in each precision, beside float32 on the CPU."""
+    pixels = cuda.warm_up_image((*CONFIG.img_size, CONFIG.channels))
+    expected = cuda.compute(ServedModel(CONFIG, folder), pixels, torch.float32)
     torch.backends.cudnn.allow_tf32 = False  # as the GPU runtime has it
-    shares = {}
-    for name, dtype in gpu_runtime.TYPES.items():
+    model, shares = ServedModel(CONFIG, folder).to(device), {}
+    for name, dtype in cuda.TYPES.items():
         if name != "bf16" or torch.cuda.is_bf16_supported(including_emulation=False):
-            model = runtime.Model(CONFIG, folder).to(device, dtype)
-            shares[name] = gpu_runtime.agreement(expected, gpu_runtime.compute(model, x, dtype).cpu())
+            shares[name] = cuda.agreement(expected, cuda.compute(cuda.in_half(model, dtype), pixels, dtype).cpu())
     return shares
 
 
-def compiled(folder: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """`torch.compile` in float16, each size of batch on its own."""
-    model = runtime.Model(CONFIG, folder, exact=False).to(device, torch.float16)
-    model = torch.compile(model.to(memory_format=torch.channels_last), dynamic=False)
+def eager(folder: Path, device: torch.device) -> Callable[[np.ndarray], object]:
+    """PyTorch as it is, in float32."""
+    model = ServedModel(CONFIG, folder).to(device)
 
-    @torch.inference_mode()
-    def predict(batch: Tensor) -> Tensor:
-        return model(batch.to(device).to(torch.float16, memory_format=torch.channels_last)).cpu()
+    def predict(batch: np.ndarray) -> np.ndarray:
+        return cuda.compute(model, torch.from_numpy(batch), torch.float32).cpu().numpy()
 
     return predict
 
 
-def photos_per_second(predict: Callable[[Tensor], Tensor], n: int, at_least: float = 1.0) -> float:
+def compiled(folder: Path, device: torch.device) -> Callable[[np.ndarray], object]:
+    """`torch.compile` in float16, each size of batch on its own."""
+    model = cuda.in_half(ServedModel(CONFIG, folder, exact=False).to(device), torch.float16)
+    model.network = torch.compile(model.network, dynamic=False)
+
+    def predict(batch: np.ndarray) -> np.ndarray:
+        return cuda.compute(model, torch.from_numpy(batch), torch.float16).cpu().numpy()
+
+    return predict
+
+
+def served(folder: Path) -> Callable[[np.ndarray], object]:
+    """What serves, on the first GPU."""
+    model = runtime.load(CONFIG, folder)
+
+    def predict(batch: np.ndarray) -> list[np.ndarray]:
+        outputs = model(batch)
+        for output in outputs:
+            if isinstance(output, Exception):
+                raise output
+        return outputs
+
+    return predict
+
+
+def images_per_second(predict: Callable[[np.ndarray], object], n: int, at_least: float = 1.0) -> float:
     """By the median of as many batches of `n` as fit into `at_least` seconds, after three to warm up."""
-    batch = torch.rand(n, CONFIG.n_in, *CONFIG.img_size)
+    batch = np.random.default_rng(0).integers(0, 256, (n, *CONFIG.img_size, CONFIG.channels), np.uint8)
     for _ in range(3):
         predict(batch)
     times, begin = [], time.perf_counter()
@@ -100,17 +123,17 @@ def photos_per_second(predict: Callable[[Tensor], Tensor], n: int, at_least: flo
 
 
 def in_process(folder: Path, device: torch.device) -> dict[str, dict[int, float]]:
-    """Photos per second, by how the model runs and the size of the batch."""
+    """Images per second, by how the model runs and the size of the batch."""
     ways = {
-        "eager fp32": lambda: runtime.eager(CONFIG, folder, device),
-        "gpu_runtime": lambda: runtime.load(CONFIG, folder, device),
+        "eager fp32": lambda: eager(folder, device),
+        "runtime.cuda": lambda: served(folder),
         "torch.compile fp16": lambda: compiled(folder, device),
     }
     rates = {}
     for name, make in ways.items():
         try:
             predict = make()
-            rates[name] = {n: round(photos_per_second(predict, n), 1) for n in BATCHES}
+            rates[name] = {n: round(images_per_second(predict, n), 1) for n in BATCHES}
         except Exception as error:  # no Triton, no C compiler: torch raises what it likes
             print(f"{name}: not measured ({type(error).__name__}: {str(error).splitlines()[0][:100]})")
     return rates
@@ -158,19 +181,19 @@ def over_http(folder: Path, seconds: float = 5) -> dict[str, dict[int, float]]:
 
 
 def out_of_memory(folder: Path, device: torch.device, limit: float = 4e9) -> dict[str, int]:
-    """How many photos get an answer where `limit` bytes are too few for their batch, and for one of them alone."""
+    """How many images get an answer where `limit` bytes are too few for their batch, and for one of them alone."""
     config = dataclasses.replace(CONFIG, resize=None, max_pixels=60_000_000)  # the model sees every pixel
     handler = Handler()
-    handler.load(write_model(config, folder), device)
+    handler.load(write_model(config, folder), device.index)
     torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(device).total_memory)
     try:
         sizes = [(1024, 768)] * 16 + [(6000, 4000)]
         instances = [{"b64": base64.b64encode(photo(*size)).decode()} for size in sizes]
         job = handler.preprocess({"body": json.dumps({"instances": instances})})
-        handler.inference([p for p in job.photos if not p.error])
-        refused = [p.error.type for p in job.photos[16:] if p.error]
+        handler.inference([item for item in job.items if not item.error])
+        refused = [item.error.type for item in job.items[16:] if item.error]
         return {
-            "answered, of 16": sum(p.error is None for p in job.photos[:16]),
+            "answered, of 16": sum(item.error is None for item in job.items[:16]),
             "refused for want of memory, of 1": refused.count("OutOfMemory"),
         }
     finally:

@@ -1,6 +1,6 @@
 """What a server cannot exceed, measured in one process without one: `python -m benchmark.limit limit MODEL_DIR`.
 
-`limit` is the model alone, on photos that are tensors already; `in-process` is the whole handler, from the bytes of a
+`limit` is the model alone, on images that are decoded and resized already; `in-process` is the whole handler, from the bytes of a
 photo to those of its answer. Prints a line of JSON, `{"1": latency of one photo, "8": best throughput}`.
 """
 
@@ -11,25 +11,33 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from benchmark import load, peers
 from benchmark.contenders import ALONE
 from benchmark.run import photos
-from deployment.config import read_config
-from deployment.openvino_runtime import load_openvino
+from deployment.config import Config, read_config
 from deployment.runtime import cores
+from deployment.runtime.openvino import load_openvino
 
 WARM_UP = 0.5  # seconds
 
 
-def measure_model(model: Path, img_size: tuple[int, int], seconds: float, n_in: int = 3) -> dict:
-    """`{1: latency, 8: throughput}` of the OpenVINO model at `model` on random photos, as results.json has them.
+def measure_model(folder: Path, config: Config, seconds: float) -> dict:
+    """`{1: latency, 8: throughput}` of the OpenVINO model in `folder` on a random image, as results.json has them.
 
-    Throughput is the better of one photo at a time on all cores and one photo per core.
+    Throughput is the better of one image at a time on all cores and one image per core.
     """
-    predict, x = load_openvino(model, cores()), torch.rand(1, n_in, *img_size)
-    alone, together = (figures(lambda _: predict(x), threads, seconds) for threads in (1, 2 * cores()))
+    model = load_openvino(folder / "fastunet.xml", cores())
+    size = (*(config.pixels_size or config.img_size), config.channels)
+    image = (255 * np.random.default_rng(0).random(size)).astype(config.dtype)
+
+    def answer(_: int) -> None:
+        (output,) = model([image])
+        if isinstance(output, Exception):
+            raise output
+
+    alone, together = (figures(answer, threads, seconds) for threads in (1, 2 * cores()))
     return {"1": alone, "8": max(alone, together, key=lambda row: row["rps"])}
 
 
@@ -38,7 +46,6 @@ def measure_handler(model: Path, images: list[bytes], seconds: float) -> dict:
 
     Throughput is that of as many photos at once as `deployment.server.app` lets in: twice the number of cores.
     """
-    torch.set_num_threads(cores())
     handler = peers.load(str(model))
 
     def answer(i: int) -> None:
@@ -76,8 +83,7 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, help="folder of JPEG photos (default: drawn scenes, 480 x 360)")
     args = parser.parse_args()
     if args.what == "limit":
-        config = read_config(args.model)
-        rows = measure_model(args.model / "fastunet.xml", config.img_size, args.seconds, config.n_in)
+        rows = measure_model(args.model, read_config(args.model), args.seconds)
     else:
         rows = measure_handler(args.model, photos(args.photos), args.seconds)
     print(json.dumps(rows))

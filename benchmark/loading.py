@@ -22,7 +22,7 @@ OPEN = """
 import json, sys, time
 import psutil, torch
 from deployment.config import read_config
-from deployment.runtime import load_network
+from deployment.runtime.pytorch import load_network
 
 config = read_config(sys.argv[1])
 memory, start = psutil.Process().memory_info(), time.perf_counter()

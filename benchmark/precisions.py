@@ -2,7 +2,8 @@
 
 FOLDER holds labeled photos in CamVid's layout, or as `deployment.export.accuracy` reads them. Every fifth training
 photo is held out, int8 is calibrated on the others, and everything is measured on the validation photos and on those
-held out. The rows of int8 differ in the convolutions that stay in float, or in a setting of NNCF.
+held out. The rows of int8 differ in what stays in float, or in a setting of NNCF: up to the
+first convolution, or more.
 """
 
 import argparse
@@ -13,27 +14,29 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from deployment.config import Config, read_config
-from deployment.export.accuracy import compare, read_labels
-from deployment.export.convert import CALIBRATION_PHOTOS, convolutions, to_openvino
+from deployment.export.accuracy import compare, outputs, read_labels
+from deployment.export.convert import CALIBRATION_IMAGES, convolutions, to_openvino, up_to_first_convolution
 from deployment.export.dataset import split_photos
-from deployment.openvino_runtime import load_openvino
 from deployment.photos import Preprocessor
-from deployment.runtime import eager
+from deployment.runtime import cores
+from deployment.runtime.openvino import load_openvino
+from deployment.runtime.pytorch import eager
+from deployment.runtime.queue import ImageQueue
 
 
 def variants(base, samples: list) -> Iterator[tuple[str, object, str]]:
-    """Name, model and precision of each row; int8 is calibrated on `samples`, float32 (1, channels, height, width)."""
+    """Name, model and precision of each row; int8 is calibrated on `samples`, each (1, height, width, channels)."""
     os.environ.setdefault("NNCF_CI", "1")  # no usage statistics
     import nncf
 
     nncf.set_log_level(logging.WARNING)
-    names, preset = convolutions(base), nncf.QuantizationPreset
+    begin, names, preset = up_to_first_convolution(base), convolutions(base), nncf.QuantizationPreset
 
     def int8(in_float: list[str], preset=preset.MIXED, **options):
-        scope = nncf.IgnoredScope(names=in_float)
+        scope = nncf.IgnoredScope(names=in_float, validate=False)
         data = nncf.Dataset(samples)
         return nncf.quantize(base, data, ignored_scope=scope, preset=preset, subset_size=len(samples), **options)
 
@@ -43,44 +46,44 @@ def variants(base, samples: list) -> Iterator[tuple[str, object, str]]:
     yield "fp32", base, "fp32"
     yield "bf16", base, "bf16"
     yield "int8, every layer", int8([]), "int8"
-    yield "int8, the first convolution in float", int8(names[:1]), "int8"
+    yield "int8, the first convolution in float", int8(begin), "int8"
     transformer = nncf.ModelType.TRANSFORMER  # without it NNCF leaves SmoothQuant out
-    yield "the same with SmoothQuant", int8(names[:1], model_type=transformer, advanced_parameters=smooth), "int8"
-    yield "the same, activations symmetric", int8(names[:1], preset.PERFORMANCE), "int8"
-    yield "int8, the encoder's first block in float too", int8(names[:3]), "int8"
-    yield "int8, the last three in float too", int8(names[:1] + names[-3:]), "int8"
+    yield "the same with SmoothQuant", int8(begin, model_type=transformer, advanced_parameters=smooth), "int8"
+    yield "the same, activations symmetric", int8(begin, preset.PERFORMANCE), "int8"
+    yield "int8, the encoder's first block in float too", int8([*begin, *names[1:3]]), "int8"
+    yield "int8, the last three in float too", int8([*begin, *names[-3:]]), "int8"
 
 
-def milliseconds(predict, x: torch.Tensor, times: int = 40) -> float:
-    """The median time of one photo."""
+def milliseconds(model: ImageQueue, image: np.ndarray, times: int = 40) -> float:
+    """The median time of one image."""
     taken = []
     for _ in range(times):
         start = time.perf_counter()
-        predict(x)
+        model([image])
         taken.append(1000 * (time.perf_counter() - start))
     return statistics.median(taken)
 
 
 def rows(config: Config, model_store: Path, folder: Path) -> Iterator[str]:
     """The lines of the table."""
-    preprocessor, (train, valid) = Preprocessor(config), split_photos(folder)
+    preprocessor, (train, valid) = Preprocessor(config, model_store), split_photos(folder)
     held_out = train[::5]
-    step = max(1, -(-(len(train) - len(held_out)) // CALIBRATION_PHOTOS))
-    samples = [preprocessor(p.read_bytes())[None].numpy() for p in [p for p in train if p not in held_out][::step]]
-    predict, sets = eager(config, model_store, torch.device("cpu")), []
+    step = max(1, -(-(len(train) - len(held_out)) // CALIBRATION_IMAGES))
+    samples = [preprocessor(p.read_bytes())[None] for p in [p for p in train if p not in held_out][::step]]
+    original, sets = eager(config, model_store), []
     for photos in (valid, held_out):
-        inputs = [preprocessor(path.read_bytes())[None] for path in photos]
-        sets.append((inputs, read_labels(photos, folder, preprocessor), [*map(predict, inputs)]))
+        inputs = [preprocessor(path.read_bytes()) for path in photos]
+        sets.append((inputs, read_labels(photos, folder, preprocessor), outputs(original, inputs)))
     yield (
         f"| {config.arch or 'program'}, {len(samples)} photos to calibrate | ms a photo | "
         f"same answer, {len(valid)} validation photos | points lost | same, {len(held_out)} of training | points lost |"
     )
     yield "|---|--:|--:|--:|--:|--:|"
     for name, model, precision in variants(to_openvino(config, model_store), samples):
-        predict = load_openvino(model, torch.get_num_threads(), precision)
-        cells = [f"{milliseconds(predict, sets[0][0][0]):.1f}"]
-        for inputs, labels, original in sets:
-            report = compare(config, original, [*map(predict, inputs)], labels)
+        converted = load_openvino(model, cores(), precision)
+        cells = [f"{milliseconds(converted, sets[0][0][0]):.1f}"]
+        for inputs, labels, expected in sets:
+            report = compare(config, expected, outputs(converted, inputs), labels)
             cells += [f"{report['agreement']:.2%}", f"{report['drop']:.2f}" if "drop" in report else ""]
         yield f"| {name} | {' | '.join(cells)} |"
 

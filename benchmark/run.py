@@ -22,20 +22,21 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-import torch
 from tqdm import tqdm
 
 from benchmark import contenders, load
 from benchmark.contenders import ALL, ALONE, CHOSEN, FASTEST, HERE, PEERS, ROOT, store_of
-from deployment import runtime
 from deployment.archive import ArchiveError
 from deployment.config import read_config
 from deployment.export import ExportError
+from deployment.export.accuracy import outputs
 from deployment.export.convert import MIN_AGREEMENT
 from deployment.export.dataset import list_photos
-from deployment.openvino_runtime import load_openvino
 from deployment.photos import Preprocessor
 from deployment.runtime import cores
+from deployment.runtime.openvino import load_openvino
+from deployment.runtime.pytorch import eager
+from deployment.runtime.queue import ImageQueue
 
 RESULTS = HERE / "results.json"
 BUILD = HERE / "build"  # model stores of the contenders, kept between runs
@@ -89,13 +90,17 @@ def references(model_store: Path, names: list[str], images: list[bytes]) -> dict
     in process in bf16 and int8 where one of `names` serves them.
     """
     config = read_config(model_store)
-    tensors = [x[None] for x in map(Preprocessor(config), images)]
-    predict = runtime.eager(config, model_store, torch.device("cpu"))
-    masks = {"fastai": [predict(x)[0].numpy() for x in tensors]}
+    pixels = [*map(Preprocessor(config, model_store), images)]
+    masks = {"fastai": numpy_masks(eager(config, model_store), pixels)}
     for store in {"openvino-bf16", FASTEST} & {store_of(name) for name in names}:
-        predict = load_openvino(BUILD / store / "fastunet.xml", cores(), contenders.OURS[store][1])
-        masks[store] = [predict(x)[0].numpy() for x in tensors]
+        model = load_openvino(BUILD / store / "fastunet.xml", cores(), contenders.OURS[store][1])
+        masks[store] = numpy_masks(model, pixels)
     return masks
+
+
+def numpy_masks(model: ImageQueue, images: list[np.ndarray]) -> list[np.ndarray]:
+    """The mask of each of `images`, one by one."""
+    return [output[0].numpy() for output in outputs(model, images)]
 
 
 class Check:

@@ -23,9 +23,9 @@ from PIL import Image
 from deployment.config import Config
 from deployment.export.convert import to_openvino
 from deployment.model import DynamicUnetDIY
-from deployment.openvino_runtime import compile_model, infer
 from deployment.photos import Preprocessor
 from deployment.runtime import cores
+from deployment.runtime.openvino import compile_model, infer
 
 # vCPUs of machine types that AI Platform offers: https://cloud.google.com/vertex-ai/docs/predictions/configure-compute
 MACHINES = {"n1-standard-2": 2, "n1-standard-4": 4, "n1-standard-8": 8, "n1-standard-16": 16}
@@ -58,7 +58,7 @@ def network(arch: str, n_classes: int, img_size: tuple[int, int]) -> Config:
 
 
 def reading(img_size: tuple[int, int] = (96, 128)) -> Iterator[dict]:
-    """Milliseconds to decode a JPEG, resize it and make a tensor of it, by its size."""
+    """Milliseconds to decode a JPEG, resize it and make an array of it, by its size."""
     preprocessor = Preprocessor(network("resnet34", 12, img_size))
     for width, height in ((480, 360), (960, 720), (1920, 1080), (4032, 3024)):
         data = photo(width, height)
@@ -69,7 +69,7 @@ def reading(img_size: tuple[int, int] = (96, 128)) -> Iterator[dict]:
             "kB": round(len(data) / 1000),
             "decode_ms": milliseconds(lambda data=data: preprocessor.open(data)),
             "resize_ms": milliseconds(lambda image=image: preprocessor.resize(image)),
-            "tensor_ms": milliseconds(lambda small=small: preprocessor.to_tensor(small)),
+            "array_ms": milliseconds(lambda small=small: preprocessor.to_pixels(small)),
         }
 
 
@@ -80,14 +80,14 @@ def forward(arch: str, n_classes: int, img_size: tuple[int, int], threads: int =
         torch.save(model.state_dict(), Path(folder, "fastunet.pth"))
         compiled = compile_model(to_openvino(network(arch, n_classes, img_size), folder), threads)
     request = compiled.create_infer_request()
-    x = torch.rand(1, 3, *img_size)
+    pixels = np.random.default_rng(0).integers(0, 256, (1, *img_size, 3), np.uint8)
     return {
         "arch": arch,
         "classes": n_classes,
         "size": f"{img_size[1]}x{img_size[0]}",
         "threads": threads,
         "parameters_M": sum(p.numel() for p in model.parameters()) / 1e6,
-        "forward_ms": milliseconds(lambda: infer(request, x), 1.0),
+        "forward_ms": milliseconds(lambda: infer(request, pixels), 1.0),
     }
 
 

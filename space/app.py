@@ -18,18 +18,17 @@ with zipfile.ZipFile(HERE / "fastunet.mar") as archive:
     archive.extractall(unpacked.name)
 sys.path.insert(0, unpacked.name)
 
-from answers import palette  # noqa: E402  (both come out of the archive)
-from handler import Handler  # noqa: E402
+import handler  # noqa: E402  (it comes out of the archive, and the rest with it)
 
-handler = Handler()
-handler.load(unpacked.name)
-
-
-def ask(photo: bytes) -> dict:
-    """The handler's answer to one photo, or an error with its `message`."""
-    job = handler.preprocess({"data": photo, "size": "original"})
-    handler.inference([photo for photo in job.photos if not photo.error])
-    return json.loads(handler.postprocess(job).body)
+model = handler.Handler()
+model.load(unpacked.name)
 
 
-build(ask, palette, HERE / Path(SAMPLE).name, "the model in this Space").launch(footer_links=[])
+def ask(image: bytes) -> dict:
+    """The handler's answer to one image, or an error with its `message`."""
+    job = model.preprocess({"data": image, "size": "original"})
+    model.inference([item for item in job.items if not item.error])
+    return json.loads(model.postprocess(job).body)
+
+
+build(ask, handler.answers.palette, HERE / Path(SAMPLE).name, "the model in this Space").launch(footer_links=[])

@@ -74,16 +74,20 @@ def show(path: str | None, ask: Callable[[bytes], dict], palette: Callable) -> l
 
 
 def draw_mask(answer: dict, size: tuple[int, int], palette: Callable) -> tuple[Image.Image, list, dict[str, str]]:
-    """The mask as a picture of `size` (width, height), the area and name of each class that occurs, their colors."""
+    """The mask as a picture of `size` (width, height), the area of each name that occurs, their colors.
+
+    The names of the indices are in `names`; JSON objects such as `classes` come in any order from some servers.
+    """
     mask = np.frombuffer(base64.b64decode(answer["base64_prediction"]), np.uint8)
     mask = mask.reshape([int(side) for side in answer["shape"]])  # the cloud's API carries every number as a float
-    found, names = np.unique(mask).tolist(), list(answer["classes"])  # names are in the order of the indices,
-    if len(names) < len(found):  # and fewer where two classes have one name
-        names = [f"class {i}" for i in found]
-    colors = palette([dict(zip(found, names, strict=True)).get(i, "") for i in range(max(found) + 1)])
     mask = np.array(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
-    areas = [((mask == i).astype(float), name) for i, name in zip(found, names, strict=True)]
-    color_map = {name: "#" + bytes(colors[i]).hex() for i, name in zip(found, names, strict=True)}
+    names = answer["names"]
+    colors = palette(names)
+    indices: dict[str, list[int]] = {}  # several where classes have one name
+    for i in np.unique(mask).tolist():
+        indices.setdefault(names[i], []).append(i)
+    areas = [(np.isin(mask, found).astype(float), name) for name, found in indices.items()]
+    color_map = {name: "#" + bytes(colors[found[0]]).hex() for name, found in indices.items()}
     return Image.fromarray(colors[mask]), areas, color_map
 
 

@@ -327,10 +327,8 @@ def test_the_limit_is_measured_in_process(converted):
 
 
 def test_peers_answer_with_the_handlers_own_mask(converted):
-    threads = torch.get_num_threads()
     image = run.photos(None, 1)[0]
     handler = peers.load(str(converted))
-    torch.set_num_threads(threads)  # the handler leaves them to OpenVINO
     jobs = [peers.read(handler, body) for body in (image, b"no photo", image)]
     peers.infer(handler, jobs)
     good, bad, other = map(handler.postprocess, jobs)

@@ -21,7 +21,9 @@ from torch import nn
 
 from deployment.export import ExportError, export_learner, load_learner
 from deployment.export.learner import on_cpu
+from deployment.export.program import capture_network
 from deployment.handler import Handler
+from deployment.runtime.pytorch import load_program
 
 KINDS = ["bus", "car", "tram"]
 EQUAL = "served equal"  # to `learn.predict(FILE)`
@@ -460,6 +462,18 @@ def test_case(name, tmp_path, capsys):
     case = CASES[name]
     assert re.search(case.outcome, outcome(case, tmp_path), re.S)
     assert case.said in capsys.readouterr().out
+
+
+def test_a_program_moves_to_another_device_whole(tmp_path):
+    """Case I 38: edgenext makes tensors on its way; a device without memory stands for a GPU."""
+    import timm
+
+    network = timm.create_model("edgenext_xx_small", pretrained=False, num_classes=3).eval()
+    torch.export.save(capture_network(network, [], (3, 64, 64), free_size=False), tmp_path / "fastunet.pt2")
+    image = torch.zeros(1, 3, 64, 64, device="meta")
+    assert load_program(tmp_path / "fastunet.pt2", "meta")(image).device.type == "meta"
+    with pytest.raises(RuntimeError, match="meta"):  # as before
+        load_program(tmp_path / "fastunet.pt2").to("meta")(image)
 
 
 def main() -> None:

@@ -194,10 +194,28 @@ def test_points_are_drawn_where_they_are(browser, contract_server):
     assert all(points.any() for points in near) and (near[0] | near[1]).all()
 
 
+def test_a_mask_is_colored_by_its_names_whatever_order_the_classes_are_in(browser, contract_server):
+    url, answers = contract_server
+    names = ["Sky", "Road", "Tree", "Car", "Car"]
+    mask = np.random.default_rng(0).choice(np.array([0, 1, 3, 4], np.uint8), (240, 320))
+    answers.append(
+        {
+            "base64_prediction": base64.b64encode(mask.tobytes()).decode(),
+            "shape": [240.0, 320.0],  # as the cloud's API has them
+            "classes": {"Car": 0.5, "Road": 0.25, "Sky": 0.25},
+            "names": names,
+        }
+    )
+    with opened(browser, url) as tab:
+        upload(tab, "photo.png", encoded(draw_photo(2)))
+        assert np.array_equal(picture(tab, "mask"), palette(names)[mask])
+        assert tab.locator(".legend-item").all_inner_texts() == ["Sky", "Road", "Car"]
+
+
 def fastai_picture(store: Path, predict, photo: bytes) -> np.ndarray:
     """The mask of `learn.predict` at the photo's size, in colors."""
     config = read_config(store)
-    mask = Preprocessor(config).to_photo_size(predict(photo), Image.open(io.BytesIO(photo)).size)
+    mask = Preprocessor(config).to_image_size(predict(photo), Image.open(io.BytesIO(photo)).size)
     return palette(config.classes)[mask]
 
 

@@ -22,10 +22,10 @@ def load(model_dir: str) -> Handler:
 
 
 def read(handler: Handler, body: bytes) -> Job:
-    """The request in `body`, with its photos as the tensors that the model takes."""
+    """The request in `body`, with the pixels of its images."""
     return handler.preprocess({"body": body})
 
 
 def infer(handler: Handler, jobs: list[Job]) -> None:
-    """Give every photo of `jobs` that could be read its mask; `handler.postprocess` makes the answers."""
-    handler.inference([photo for job in jobs for photo in job.photos if not photo.error])
+    """Give every image of `jobs` that could be read its mask; `handler.postprocess` makes the answers."""
+    handler.inference([item for job in jobs for item in job.items if not item.error])
