@@ -1,7 +1,7 @@
 """What a server cannot exceed, measured in one process without one: `python -m benchmark.limit limit MODEL_DIR`.
 
-`limit` is the model alone, on images that are decoded and resized already; `in-process` is the whole handler, from the bytes of a
-photo to those of its answer. Prints a line of JSON, `{"1": latency of one photo, "8": best throughput}`.
+`limit` is the model alone, on images that are decoded and resized already; `in-process` is the whole handler, from the
+bytes of an image to those of its answer. Prints a line of JSON, `{"1": latency of one image, "8": best throughput}`.
 """
 
 import argparse

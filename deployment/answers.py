@@ -8,8 +8,8 @@
 | regression | `{"values": [value, …]}` |
 | points | `{"points": [[x, y], …]}` in pixels of the image as it was sent |
 
-Of a mask there is a PNG or a JPEG as well. `names` has the name of each index of a mask; JSON objects lose their order on the way through some clients. NumPy and
-Pillow alone.
+Of a mask there is a PNG or a JPEG as well. `names` has the name of each index of a mask; JSON objects lose their order
+on the way through some clients. NumPy and Pillow alone.
 """
 
 import colorsys

@@ -109,7 +109,7 @@ def test_the_tutorial_from_top_to_bottom(clone, tmp_path):
         for command in commands(section(title)):
             run(command, clone)
     [snippet] = re.findall(r"^```python\n(.*?)^```", section("Other runtimes"), re.M | re.S)
-    (clone / "onnx.py").write_text(f"{snippet}\nnp.save('onnx.npy', mask)\n")
+    (clone / "onnx.py").write_text(f"{snippet}\nnp.save('onnx.npy', answer)\n")
     run("python onnx.py", clone)
     assert np.mean(np.load(clone / "onnx.npy") == expected) > 0.999
     with make_serve(clone) as port:
