@@ -78,7 +78,7 @@ class Preprocessor:
         """The image in `data` by its header alone: its size is known, its pixels are not decoded yet.
 
         Raises:
-            Rejected: 400 when it is none of FORMATS, 413 above `max_pixels`.
+            Rejected: 400 for another format than FORMATS, 413 above `max_pixels`.
         """
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)

@@ -89,7 +89,7 @@ def read_request(fields: dict, accept: str = "") -> Request:
     """The request in `fields`: `{"body": …}`, or the fields of a multipart form. `accept` is its header.
 
     Raises:
-        Rejected: 400 for what is none of the three forms of a request, 413 for too many instances.
+        Rejected: 400 for what has none of the three forms of a request, 413 for too many instances.
     """
     body = fields.get("data", fields.get("body"))
     if isinstance(body, str):

@@ -190,7 +190,7 @@ def read_item_transforms(dls, pipeline: ImagePipeline, opens_itself: bool) -> bo
             steps, pipeline.size, scaled, pipeline.divisor = {}, None, False, 1.0
         else:
             name = name_of(function_of(transform))
-            raise own_opening(f"the item transform {name} is none that serving knows")
+            raise own_opening(f"the item transform {name} is not one that serving knows")
     pipeline.resize = steps or None
     return scaled
 
