@@ -154,9 +154,7 @@ class Handler:
         for item in job.items:
             try:
                 if not item.error:
-                    item.answer = answers.make_answer(
-                        item.output, self.preprocessor, job.request, item.size, item.shown
-                    )
+                    item.answer = self.make_answer(item, job.request)
             except Exception as error:
                 item.error = protocol.rejection(error)
         try:
@@ -164,6 +162,9 @@ class Handler:
         except Exception as error:
             job.items = [Item(error=protocol.rejection(error))]
             return protocol.respond(protocol.Request([]), [job.items[0].error])
+
+    def make_answer(self, item: Item, request: protocol.Request) -> dict:
+        return answers.make_answer(item.output, self.preprocessor, request, item.size, item.shown)
 
     def handle(self, requests: list[dict], context) -> list[bytes]:
         """A dynamic batch of requests in, as many answers out; the time of each step goes into the metrics."""
