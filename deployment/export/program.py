@@ -70,10 +70,18 @@ def capture_network(
     module = plain(network, torch.rand(2, network_channels(network, channels), h, w, generator=random))
     if transforms:
         module = WithOwnTransforms(transforms, module)
-    if free_size:  # where sizes do not fit, a network may resize: with odd sides it does, and the program always will
+    if free_size:
         with contextlib.suppress(ExportError):
-            return capture(module, torch.rand(2, channels, h | 1, w | 1, generator=random), (0, 2, 3))
+            return capture(module, torch.rand(2, channels, odd(h), odd(w), generator=random), (0, 2, 3))
     return capture(module, torch.rand(2, channels, h, w, generator=random))
+
+
+def odd(side: int) -> int:
+    """A side of about this length that stays odd however often it is halved, up to five times.
+
+    Where sizes do not fit, a network may resize. On such sides it always does, and so the program always will.
+    """
+    return (side + 31) // 32 * 32 + 1
 
 
 def network_channels(network: nn.Module, channels: int) -> int:
@@ -95,7 +103,7 @@ def capture_served(model: ServedModel, config: Config) -> ExportedProgram:
 
     if free_pixels(config):
         with contextlib.suppress(ExportError):
-            return capture(model, example(h | 1, w | 1), (0, 1, 2))
+            return capture(model, example(odd(h), odd(w)), (0, 1, 2))
     return capture(model, example(h, w))
 
 
