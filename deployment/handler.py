@@ -30,8 +30,7 @@ from .photos import PixelBudget, Preprocessor, size_of, viewable
 
 logger = logging.getLogger(__name__)
 
-# Pixels of all images that one process decodes at one time, for each image of the largest size that a request may hold.
-IMAGES_AT_ONCE = 2
+REQUESTS_AT_ONCE = 2  # of the largest kind, whose pixels one process decodes at one time; others wait
 
 
 @dataclass
@@ -69,7 +68,7 @@ class Handler:
         """Load the model in `folder`, which holds what the export wrote; `gpu` and `threads` as in `runtime.load`."""
         self.config = read_config(folder)
         self.preprocessor = Preprocessor(self.config, folder)
-        self.budget = PixelBudget(IMAGES_AT_ONCE * self.preprocessor.max_pixels)
+        self.budget = PixelBudget(REQUESTS_AT_ONCE * self.preprocessor.max_pixels)
         self.threads = ThreadPoolExecutor(threads or int(os.environ.get("OMP_NUM_THREADS") or runtime.cores()))
         self.model = runtime.load(self.config, folder, gpu, threads)
 
