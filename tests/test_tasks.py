@@ -455,6 +455,18 @@ def measured(task: str, answers: list[dict], truth: list[dict]) -> float:
     return np.mean([abs(np.subtract(a[key], b[key])) / unit for a, b in zip(answers, truth, strict=True)])
 
 
+def least_agreement(precision: str) -> float:
+    """What must stay of answers that come from eight random weights each.
+
+    Without VNNI products of int8 are rounded once more, and 94.7 % of the regression's values stay.
+    """
+    if precision == "fp32":
+        return 0.9999
+    info = Path("/proc/cpuinfo")
+    without_vnni = info.exists() and "vnni" not in info.read_text()
+    return 0.93 if precision == "int8" and without_vnni else 0.95
+
+
 @pytest.mark.parametrize("task", ANSWERS)
 def test_every_precision_is_measured_as_the_task_demands(task, stores, tmp_path):
     folder, config = labeled(stores[task], task, tmp_path / "photos"), read_config(stores[task])
@@ -470,8 +482,7 @@ def test_every_precision_is_measured_as_the_task_demands(task, stores, tmp_path)
         report = converted.accuracy[MEASURES[task]]
         assert (converted.runtime, converted.precision) == (runtime, precision)
         assert report["original"] == pytest.approx(best, abs=1e-5)
-        # Without VNNI int8 keeps 94.7 % of these values, which come from eight random weights each.
-        assert converted.accuracy["agreement"] > {"fp32": 0.9999, "int8": 0.93}.get(precision, 0.95)
+        assert converted.accuracy["agreement"] > least_agreement(precision)
         if runtime == "openvino":  # fp16 is not what a CPU computes
             assert report["converted"] == pytest.approx(measured(task, served(store, photos), truth), abs=2e-5)
     with pytest.raises(ExportError, match="fp16 loses .* points, more than --max-drop"):
