@@ -23,7 +23,7 @@ from PIL import Image
 from deployment.config import Config
 from deployment.export.convert import to_openvino
 from deployment.model import DynamicUnetDIY
-from deployment.photos import Preprocessor
+from deployment.photos import Preprocessor, to_array
 from deployment.runtime import cores
 from deployment.runtime.openvino import compile_model, infer
 
@@ -69,7 +69,7 @@ def reading(img_size: tuple[int, int] = (96, 128)) -> Iterator[dict]:
             "kB": round(len(data) / 1000),
             "decode_ms": milliseconds(lambda data=data: preprocessor.open(data)),
             "resize_ms": milliseconds(lambda image=image: preprocessor.resize(image)),
-            "array_ms": milliseconds(lambda small=small: preprocessor.to_pixels(small)),
+            "array_ms": milliseconds(lambda small=small: to_array(small)),
         }
 
 

@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import os
 import sys
+import threading
 import time
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,7 @@ if not __package__:  # TorchServe imports this file by itself: the folder around
 
 from . import answers, protocol, runtime
 from .config import read_config
-from .photos import PixelBudget, Preprocessor, size_of, viewable
+from .photos import PixelBudget, Preprocessor, size_of, to_array, viewable
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ class Handler:
         self.config = read_config(folder)
         self.preprocessor = Preprocessor(self.config, folder)
         self.budget = PixelBudget(REQUESTS_AT_ONCE * self.preprocessor.max_pixels)
-        self.threads = ThreadPoolExecutor(threads or int(os.environ.get("OMP_NUM_THREADS") or runtime.cores()))
+        self.threads = started_threads(threads or int(os.environ.get("OMP_NUM_THREADS") or runtime.cores()))
         self.model = runtime.load(self.config, folder, gpu, threads)
 
     def preprocess(self, fields: dict, accept: str = "") -> Job:
@@ -118,7 +119,7 @@ class Handler:
             with self.budget.hold(item.counted):
                 image = self.preprocessor.decode(item.header) if item.header else self.preprocessor.open(item.data)
                 resized = self.preprocessor.resize(image)
-                item.pixels = self.preprocessor.to_pixels(resized)
+                item.pixels = to_array(resized)
                 item.size = size_of(image)
                 if request.format == "overlay":
                     item.shown = viewable(image if request.size == "original" else resized)
@@ -185,6 +186,13 @@ class Handler:
             context.set_response_content_type(i, response.content_type)
             log_errors(context, i, response, [item.error for item in job.items if item.error])
         return [response.body for response in responses]
+
+
+def started_threads(n: int) -> ThreadPoolExecutor:
+    """A pool whose `n` threads have started: one that starts where memory is short would fail a whole batch."""
+    threads, all_there = ThreadPoolExecutor(n), threading.Barrier(n)
+    list(threads.map(lambda _: all_there.wait(), range(n)))
+    return threads
 
 
 def header(context, i: int, name: str) -> str:

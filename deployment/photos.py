@@ -25,7 +25,7 @@ Image.MAX_IMAGE_PIXELS = None  # `max_pixels` is the limit here, and each image'
 
 
 class Preprocessor:
-    """The learner's way from a file to pixels, `to_pixels(resize(open(data)))`, and from a mask back to the image.
+    """The learner's way from a file to pixels, `to_array(resize(open(data)))`, and from a mask back to the image.
 
     Args:
         folder: what the export wrote, where the learner opens images itself: it holds `open_image.py`.
@@ -41,7 +41,7 @@ class Preprocessor:
 
     def __call__(self, data: bytes) -> np.ndarray:
         """The image in `data` as pixels: (height, width, channels) of the configuration's dtype."""
-        return self.to_pixels(self.resize(self.open(data)))
+        return to_array(self.resize(self.open(data)))
 
     def open(self, data: bytes) -> Image.Image | np.ndarray:
         """The image in `data` as the learner opens it.
@@ -147,10 +147,6 @@ class Preprocessor:
             image = crop_pad(image, left, top, w, h, options.get("crop_pad_mode", "zeros"))
         return image
 
-    def to_pixels(self, image: Image.Image | np.ndarray) -> np.ndarray:
-        """`image` as an array (height, width, channels) of its own dtype."""
-        return to_array(image)
-
     def to_image_size(self, mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """`mask` (height × width), predicted on an image of `size` (width, height), at that size.
 
@@ -223,7 +219,7 @@ def load_opener(path: Path) -> Callable[[bytes], Image.Image | np.ndarray]:
 
 
 def to_array(image: Image.Image | np.ndarray) -> np.ndarray:
-    """`image` as (height, width, channels)."""
+    """`image` as pixels (height, width, channels), of its own dtype."""
     pixels = np.asarray(image)
     return pixels[..., None] if pixels.ndim == 2 else pixels
 

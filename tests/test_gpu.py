@@ -15,6 +15,7 @@ from torch import nn
 
 from deployment import runtime
 from deployment.archive import ArchiveError, make_archive, set_batch_size
+from deployment.config import Config
 from deployment.export import ExportError
 from deployment.export.half import Rounding, half_precision
 from deployment.handler import Handler
@@ -25,7 +26,8 @@ from deployment.server import torchserve
 from deployment.server.processes import free_ports
 
 CPU, SHAPE = torch.device("cpu"), (16, 24, 3)
-CONFIG = dataclasses.replace(SMALL, n_classes=5, img_size=SHAPE[:2], mean=None, std=None)
+RESIZE = {**SMALL.resize, "size": list(SHAPE[:2])}
+CONFIG = dataclasses.replace(SMALL, n_classes=5, img_size=SHAPE[:2], resize=RESIZE, mean=None, std=None)
 
 
 class Scaled(nn.Module):
@@ -41,14 +43,14 @@ class Scaled(nn.Module):
         return self.conv(x * self.scale) / self.scale
 
 
-def served(network: nn.Module, monkeypatch) -> ServedModel:
-    """`network` as the model of `CONFIG`."""
+def served(network: nn.Module, monkeypatch, config: Config = CONFIG) -> ServedModel:
+    """`network` as the model of `config`."""
     monkeypatch.setattr("deployment.runtime.pytorch.load_network", lambda *_: network.eval())
-    return ServedModel(CONFIG, Path(), exact=False)
+    return ServedModel(config, Path(), exact=False)
 
 
 def loaded(network: nn.Module, monkeypatch, precision: str = "fp32") -> tuple[ImageQueue, str]:
-    return cuda.load(served(network, monkeypatch), SHAPE, CPU, precision)
+    return cuda.load(served(network, monkeypatch), CPU, precision)
 
 
 def images(n: int) -> np.ndarray:
@@ -94,13 +96,16 @@ def test_batches_that_do_not_fit_are_not_made(monkeypatch, caplog):
         loaded(network, monkeypatch)
 
 
-def test_images_of_several_sizes_are_not_padded(monkeypatch):
+@pytest.mark.parametrize("affine", [[], [{"size": SHAPE[:2]}]], ids=["own size", "resized in the batch"])
+def test_images_of_several_sizes_are_not_padded(affine, monkeypatch):
+    config = dataclasses.replace(CONFIG, resize=None, affine=affine)
     network = Scaled()
-    model, _ = cuda.load(served(network, monkeypatch), SHAPE, CPU, "fp32", fixed=False)
+    model, _ = cuda.load(served(network, monkeypatch, config), CPU, "fp32")
     network.seen.clear()
-    others = np.random.default_rng(0).integers(0, 256, (5, 9, 11, 3), np.uint8)
-    assert np.array_equal(outputs_of(model, others), masks(Scaled(), others, monkeypatch))
-    assert [size for size, _ in network.seen] == [5]
+    others = np.random.default_rng(0).integers(0, 256, (5, 33, 50, 3), np.uint8)
+    expected = ServedModel(config, Path())(torch.from_numpy(others))
+    assert np.array_equal(outputs_of(model, others), expected)
+    assert [size for size, _ in network.seen] == [5, 5]
 
 
 def test_half_precision_is_used_where_it_agrees(monkeypatch, caplog):

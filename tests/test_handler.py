@@ -22,6 +22,7 @@ from PIL import Image
 from ts.context import Context, RequestProcessor
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 
+import deployment.handler
 from deployment import answers, protocol
 from deployment.export import write_config
 from deployment.handler import Handler
@@ -232,7 +233,12 @@ def faulty(worker, step: str, monkeypatch) -> None:
         "read_request": (protocol, "read_request", lambda fields, accept: len(fields["data"]) == len(MARKED), Boom),
         # as a learner's own code, and NumPy and Pillow, raise them: a ValueError is not the client's fault either
         "resize": (preprocessor, "resize", lambda image: image.size == size, ValueError),
-        "to_pixels": (preprocessor, "to_pixels", lambda image: np.array_equal(np.asarray(image), pixels), ValueError),
+        "to_array": (
+            deployment.handler,
+            "to_array",
+            lambda image: np.array_equal(np.asarray(image), pixels),
+            ValueError,
+        ),
         "model": (worker.handler.model, "compute", lambda batch, alone: (batch == pixels).all((1, 2, 3)).any(), Boom),
         "to_image_size": (preprocessor, "to_image_size", lambda mask, image_size: image_size == size, Boom),
         "encode": (answers, "encode", lambda image, format: image.size == size, Boom),
@@ -247,7 +253,7 @@ class Boom(RuntimeError):
 MARKED = encoded(draw_photo(7, (123, 77)))
 
 
-@pytest.mark.parametrize("step", ["read_request", "resize", "to_pixels", "model", "to_image_size", "encode"])
+@pytest.mark.parametrize("step", ["read_request", "resize", "to_array", "model", "to_image_size", "encode"])
 def test_an_error_costs_one_request_and_is_logged_once(step, worker, monkeypatch, caplog):
     photos = [encoded(draw_photo(0)), MARKED, encoded(draw_photo(1)), encoded(draw_photo(2))]
     requests = [form(photo, format="overlay", size="original") for photo in photos]
@@ -360,3 +366,15 @@ def test_images_wait_for_a_place_in_the_budget(worker, monkeypatch):
     monkeypatch.setattr(worker.handler, "budget", PixelBudget(2 * 100 * 80))
     assert [status for status, _ in ask(worker, *photos)] == [200] * 6
     assert len(most) == 6 and max(most) <= 2
+
+
+def test_no_thread_starts_after_the_model_is_loaded(small_store, monkeypatch):
+    """A thread that cannot start, since memory is short, must not cost a batch."""
+    worker = loaded(small_store)
+
+    def no_memory(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", no_memory)
+    answers = ask(worker, *[encoded(draw_photo(i)) for i in range(4)])
+    assert [status for status, _ in answers] == [200] * 4

@@ -16,7 +16,7 @@ from PIL import Image
 
 from deployment.export.accuracy import as_model_sees
 from deployment.geometry import resized_box
-from deployment.photos import FORMATS, PixelBudget, Preprocessor
+from deployment.photos import FORMATS, PixelBudget, Preprocessor, to_array
 from deployment.protocol import Rejected
 from deployment.runtime.pytorch import BatchTransforms, resample_affine
 
@@ -345,7 +345,7 @@ def test_a_label_lies_where_its_photo_s_pixels_do(affine):
     gray = dataclasses.replace(SMALL, channels=1, mean=None, std=None, affine=affine)
     preprocessor = Preprocessor(gray)
     found = as_model_sees(Image.fromarray(label), preprocessor)
-    pixels = preprocessor.to_pixels(preprocessor.resize(Image.fromarray(label)))
+    pixels = to_array(preprocessor.resize(Image.fromarray(label)))
     x = BatchTransforms(gray)(torch.from_numpy(pixels)[None])[0, 0]
     assert found.dtype == torch.uint8 and set(found.unique().tolist()) == {0, 200}
     assert found.shape == x.shape == (64, 64) if not affine else (32, 48)

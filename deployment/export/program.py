@@ -101,15 +101,10 @@ def capture_served(model: ServedModel, config: Config) -> ExportedProgram:
     def example(h: int, w: int) -> torch.Tensor:
         return torch.from_numpy((255 * random.random((2, h, w, channels))).astype(config.dtype))
 
-    if free_pixels(config):
+    if config.pixels_size is None:  # the images come in several sizes
         with contextlib.suppress(ExportError):
             return capture(model, example(odd(h), odd(w)), (0, 1, 2))
     return capture(model, example(h, w))
-
-
-def free_pixels(config: Config) -> bool:
-    """Whether the served model sees images of several sizes."""
-    return config.pixels_size is None
 
 
 def input_of(program: ExportedProgram) -> torch.Tensor:

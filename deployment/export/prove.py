@@ -117,7 +117,7 @@ def compare_pixels(
     """
     try:
         opened = preprocessor.open(path.read_bytes())
-        pixels = preprocessor.to_pixels(preprocessor.resize(opened))
+        pixels = to_array(preprocessor.resize(opened))
     except Rejected as error:
         raise ExportError(f"{path.name}: the server refuses it ({error.message}): leave it out of --check") from error
     except TypeError as error:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .pytorch import ServedModel, free_memory
+from .pytorch import ServedModel, warm_up_size
 from .queue import ImageQueue
 
 logger = logging.getLogger(__name__)
@@ -24,20 +24,16 @@ TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ATTEMPTS = {"auto": ("fp16", "bf16"), "fp16": ("fp16",), "bf16": ("bf16",), "fp32": ()}
 
 
-def load(
-    model: ServedModel,
-    shape: tuple[int, int, int],
-    device: torch.device,
-    precision: str = "auto",
-    fixed: bool = True,
-) -> tuple[ImageQueue, str]:
+def load(model: ServedModel, device: torch.device, precision: str = "auto") -> tuple[ImageQueue, str]:
     """`model`, in float32, behind a queue that gathers batches, on `device`; and its precision.
 
+    Where the learner resizes its images before the batch, all have one shape: batches are padded then, and on a GPU
+    become CUDA graphs.
+
     Args:
-        shape: (height, width, channels) of an image.
         precision: one of `ATTEMPTS`: with auto, fp16 or bf16, whichever answers as float32 does.
-        fixed: all images have that shape, so that batches are padded, and on a GPU become CUDA graphs.
     """
+    shape, fixed = warm_up_size(model.config), model.config.pixels_size is not None
     torch.backends.cudnn.allow_tf32 = False  # else what is called float32 rounds to 10 bits
     torch.backends.cudnn.benchmark = fixed  # the fastest algorithm for each size of batch
     model = model.to(device)
@@ -108,7 +104,7 @@ def queued(
             return compute(model, pixels, dtype).cpu().numpy()
         return passes[padded_size(len(pixels), passes)](pixels).numpy()
 
-    return ImageQueue(forward, batch=largest, free_memory=free_memory)
+    return ImageQueue(forward, batch=largest, free_memory=torch.cuda.empty_cache)
 
 
 def prepared_batches(

@@ -44,7 +44,7 @@ def load_pytorch(config: Config, folder: Path | str, gpu: int | None = None, thr
         from . import cuda
 
         model = ServedModel(config, folder, exact=precision == "fp32", device=device)
-        images, precision = cuda.load(model, warm_up_size(config), device, precision, not config.keeps_image_size)
+        images, precision = cuda.load(model, device, precision)
     else:
         images, precision = eager(config, folder), "fp32"
     (output,) = images([np.zeros(warm_up_size(config), config.dtype)])
@@ -333,8 +333,3 @@ def decode(
     if not masks:
         return values.flatten(1) if values.ndim > 1 else values[:, None]
     return (values.argmax(dim=1) if threshold is None else values[:, 0] > threshold).to(torch.uint8)
-
-
-def free_memory(failure: Exception) -> None:
-    """Let torch give back the GPU memory that it keeps after a pass that ended with `failure`."""
-    torch.cuda.empty_cache()  # nothing to do where there is no GPU

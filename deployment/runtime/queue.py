@@ -47,7 +47,7 @@ class ImageQueue:
         compute: Compute,
         at_once: int = 1,
         batch: int = 1,
-        free_memory: Callable[[Exception], None] = lambda failure: None,
+        free_memory: Callable[[], object] = lambda: None,
     ):
         self.compute, self.at_once, self.batch, self.free_memory = compute, at_once, batch, free_memory
         self.requests: deque[deque[Waiting]] = deque()  # each with the images that nobody computes yet
@@ -114,7 +114,7 @@ class ImageQueue:
             failure = error
         if out_of_memory(failure):
             failure.__traceback__ = None  # it keeps what the pass had made
-            self.free_memory(failure)
+            self.free_memory()
         if len(items) == 1:
             items[0].output = failure
             return
