@@ -368,6 +368,17 @@ def test_images_wait_for_a_place_in_the_budget(worker, monkeypatch):
     assert len(most) == 6 and max(most) <= 2
 
 
+def test_a_jpeg_that_is_decoded_at_a_fraction_keeps_its_size_in_the_answer(small_store, tmp_path):
+    worker = loaded(configured(small_store, tmp_path, decode="fast"))
+    photo = encoded(draw_photo(0, (800, 600)), "JPEG")
+    (_, answer), (_, overlay) = ask(
+        worker, form(photo, size="original"), form(photo, size="original", format="overlay")
+    )
+    assert json.loads(answer)["shape"] == [600, 800]
+    assert Image.open(io.BytesIO(overlay)).size == (800, 600)
+    assert json.loads(ask(worker, photo)[0][1])["shape"] == [64, 64]
+
+
 def test_no_thread_starts_after_the_model_is_loaded(small_store, monkeypatch):
     """A thread that cannot start, since memory is short, must not cost a batch."""
     worker = loaded(small_store)

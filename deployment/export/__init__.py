@@ -57,6 +57,7 @@ def export_learner(
     precision: str | None = None,
     calibrate: Path | str | None = None,
     max_drop: float = 0.5,
+    decode: str = "exact",
     onnx: bool = False,
 ) -> Path:
     """Write the network and `model-config.yaml` of `learner` into `out_dir`, once they are proven; return `out_dir`.
@@ -73,12 +74,15 @@ def export_learner(
             transforms are its own; it goes with `check`. See "Own opening" in deployment/README.md.
         runtime, precision: what serves the model, see `deployment.runtime.PRECISIONS`, whose first is the default.
         calibrate, max_drop: as in `deployment.export.convert.convert`; also for fp16 and bf16 on a GPU.
+        decode: fast: decode large JPEGs at a fraction of their size, for the runtime `openvino`; see `convert`.
         onnx: write `fastunet.onnx` as well, see `deployment.export.onnx_file`.
 
     Raises:
         ExportError: the learner holds something that cannot be reproduced, the copy's answer differs, the runtime
             cannot be had, or the converted model is not good enough.
     """
+    if decode != "exact" and runtime != "openvino":
+        raise ExportError("--decode fast is for --runtime openvino: PyTorch's answers stay exact")
     images = find_images(check, any_file=open is not None) if check else None
     out_dir = Path(out_dir)
     existed = out_dir.exists()
@@ -94,8 +98,10 @@ def export_learner(
                 check_runtime(runtime, precision)
                 if onnx:
                     write_onnx(config, folder, images)
-                change = convert if runtime == "openvino" else half_precision
-                config = change(config, folder, precision, calibrate, max_drop)
+                if runtime == "openvino":
+                    config = convert(config, folder, precision, calibrate, max_drop, decode)
+                else:
+                    config = half_precision(config, folder, precision, calibrate, max_drop)
                 write_config(config, folder)
             except RuntimeUnavailable as error:
                 raise ExportError(str(error)) from error

@@ -22,7 +22,7 @@ from .learner import ExportError
 from .program import capture_served, input_shape
 
 # The share of pixels that must keep their class: in fp32, and in less than that where no labels say what it costs.
-MIN_AGREEMENT = {"fp32": 0.9999, "bf16": 0.98, "int8": 0.98}
+MIN_AGREEMENT = {"fp32": 0.9999, "bf16": 0.98, "int8": 0.98, "fast": 0.98}
 CALIBRATION_IMAGES = 300  # at most
 
 
@@ -32,6 +32,7 @@ def convert(
     precision: str = "fp32",
     calibrate: Path | str | None = None,
     max_drop: float = 0.5,
+    decode: str = "exact",
 ) -> Config:
     """Write the model of `config` and `folder` for OpenVINO: fastunet.xml and fastunet.bin beside it.
 
@@ -39,6 +40,9 @@ def convert(
     what comes out is measured on the others: with labels it may lose `max_drop` points of accuracy (of masks also of
     mean IoU), without labels 98 % of the answers must stay. int8 that does not is tried again more carefully: with the
     last layers in float too, then, with labels, under NNCF's accuracy control.
+
+    With `decode` fast, large JPEGs are decoded at a fraction of their size: see `photos.Preprocessor.decode`. What that
+    costs together with the conversion is measured on the same photos, against the same limits.
 
     Returns:
         `config` with the new runtime and precision, and with what was measured as `accuracy`.
@@ -53,6 +57,8 @@ def convert(
     ov = import_optional("openvino")
     from ..runtime.openvino import has_bf16, load_openvino
 
+    if decode == "fast":
+        check_fast_decoding(config, calibrate)
     preprocessor = Preprocessor(config, folder)
     train, valid = calibration_images(calibrate) if calibrate else ([], [])
     noise = (255 * np.random.default_rng(0).random((4, *warm_up_size(config)))).astype(config.dtype)
@@ -75,23 +81,59 @@ def convert(
             break
     candidate, report = best
     print(report_text(report))
-    if least > 0 and precision != "fp32" and "drop" in report:
-        raise ExportError(f"{precision} loses {report['drop']:.2f} points, more than --max-drop {max_drop:g}")
     if least > 0:
-        raise ExportError(f"only {report['agreement']:.4%} of the answers are as PyTorch has them")
+        raise too_much_lost(report, precision, max_drop)
+    if decode == "fast":
+        inputs = fast_inputs(config, folder, valid, inputs)
+        report = compare(config, original, outputs(load_openvino(candidate, cores(), precision), inputs), labels)
+        print(f"with --decode fast: {report_text(report)}")
+        if excess(report, "fast", max_drop) > 0:
+            raise too_much_lost(report, "--decode fast", max_drop)
 
     part = Path(folder, "fastunet.part.xml")
     ov.save_model(candidate, part, compress_to_fp16=False)
     os.replace(part.with_suffix(".bin"), Path(folder, "fastunet.bin"))
     os.replace(part, Path(folder, "fastunet.xml"))
-    return dataclasses.replace(config, runtime="openvino", precision=precision, accuracy=report)
+    return dataclasses.replace(config, runtime="openvino", precision=precision, decode=decode, accuracy=report)
 
 
-def excess(report: dict, precision: str, max_drop: float) -> float:
-    """How much worse than allowed a conversion is, in points; at most 0 for a good one."""
-    if "drop" in report and precision != "fp32":
+def excess(report: dict, what: str, max_drop: float) -> float:
+    """How much worse than allowed a conversion to the precision `what` is, in points; at most 0 for a good one."""
+    if "drop" in report and what != "fp32":
         return report["drop"] - max_drop
-    return 100 * (MIN_AGREEMENT[precision] - report["agreement"])
+    return 100 * (MIN_AGREEMENT[what] - report["agreement"])
+
+
+def too_much_lost(report: dict, what: str, max_drop: float) -> ExportError:
+    if "drop" in report and what != "fp32":
+        return ExportError(f"{what} loses {report['drop']:.2f} points, more than --max-drop {max_drop:g}")
+    return ExportError(f"{what}: only {report['agreement']:.4%} of the answers are as PyTorch has them")
+
+
+def check_fast_decoding(config: Config, calibrate: Path | str | None) -> None:
+    """Raises ExportError where JPEGs cannot be decoded at a fraction of their size, or that could not be measured."""
+    if config.opener or not (config.resize or {}).get("size"):
+        raise ExportError("--decode fast is for learners that open images as fastai does, and resize them with Resize")
+    if not calibrate:
+        raise ExportError(
+            "--decode fast must be measured: name a folder of photos as you will send them, --calibrate DIR"
+        )
+
+
+def fast_inputs(config: Config, folder: Path | str, photos: list[Path], exact: list[np.ndarray]) -> list[np.ndarray]:
+    """The pixels of `photos`, decoded fast, where `exact` are those as the learner has them.
+
+    Raises:
+        ExportError: they are the same, since no photo is a JPEG that is large enough.
+    """
+    preprocessor = Preprocessor(dataclasses.replace(config, decode="fast"), folder)
+    inputs = [preprocessor(path.read_bytes()) for path in photos]
+    if all(map(np.array_equal, inputs, exact)):
+        h, w = config.resize["size"]
+        raise ExportError(
+            f"--decode fast changes nothing: no photo to measure with is a JPEG of {4 * w} × {4 * h} or more"
+        )
+    return inputs
 
 
 def calibration_images(folder: Path | str) -> tuple[list[Path], list[Path]]:
