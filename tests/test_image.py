@@ -98,10 +98,11 @@ def image(kind, stores, tmp_path_factory) -> dict:
     (context / "model_store").mkdir()
     shutil.copy(stores["1"] / "fastunet.mar", context / "model_store")
     secrets = [f"--secret=id={id},src={os.environ[name]}" for id, name in SECRETS.items() if os.environ.get(name)]
+    chosen = "RUNTIME=openvino" if kind == "openvino" else f"SERVER={kind}"
     start = time.monotonic()
     subprocess.run(
         [*BUILDAH, "bud", "--isolation=chroot", "--format=docker", "--layers", f"--build-arg=BASE={BASE}",
-         f"--build-arg={'RUNTIME' if kind == 'openvino' else 'SERVER'}={kind}", *secrets, "--tag", IMAGE, context], check=True,
+         f"--build-arg={chosen}", *secrets, "--tag", IMAGE, context], check=True,
     )  # fmt: skip
     print(f"\n{kind}: built in {time.monotonic() - start:.0f} s")
     print_layers()
