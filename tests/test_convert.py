@@ -202,13 +202,13 @@ def test_fast_decoding_is_measured_and_written_down(small_store, large_photos, t
     config, folder = convert_copy(small_store, tmp_path, calibrate=large_photos, decode="fast")
     assert config.decode == "fast" and 0.98 <= config.accuracy["agreement"] < 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("100.000% agreement") and lines[1].startswith("with --decode fast: 9")
+    assert lines[0].startswith("fp32: 100.000% agreement") and lines[1].startswith("--decode fast: 9")
     write_config(config, folder)
     assert read_config(folder) == config
 
 
 def test_fast_decoding_that_costs_too_much_is_refused(small_store, large_photos, tmp_path, monkeypatch):
-    monkeypatch.setitem(MIN_AGREEMENT, "fast", 1.0)
+    monkeypatch.setitem(MIN_AGREEMENT, "--decode fast", 1.0)
     with pytest.raises(ExportError, match="--decode fast: only 9.*of the answers are as PyTorch has them"):
         convert_copy(small_store, tmp_path, calibrate=large_photos, decode="fast")
     assert [path.name for path in tmp_path.iterdir()] == ["fastunet.pth"]
