@@ -10,7 +10,7 @@ from conftest import SMALL, agreement, convert_copy, draw_photo, image_batch, ou
 
 from deployment import runtime
 from deployment.config import read_config
-from deployment.export import ExportError, export_learner, write_config
+from deployment.export import ExportError, for_runtime, write_config
 from deployment.export.convert import MIN_AGREEMENT, calibration_images, convert, convolutions, quantized, to_openvino
 from deployment.photos import Preprocessor
 from deployment.runtime import RuntimeUnavailable
@@ -223,6 +223,6 @@ def test_fast_decoding_must_change_something_to_be_measured(small_store, camvid_
         convert(dataclasses.replace(SMALL, resize=None), tmp_path, calibrate=camvid_folder, decode="fast")
 
 
-def test_fast_decoding_is_for_openvino():
+def test_fast_decoding_is_for_openvino(tmp_path):
     with pytest.raises(ExportError, match="--decode fast is for --runtime openvino"):
-        export_learner(None, "nowhere", decode="fast")
+        for_runtime(SMALL, tmp_path, "eager", None, None, 0.5, "fast")

@@ -350,12 +350,12 @@ def test_images_wait_for_a_place_in_the_budget(worker, monkeypatch):
     photos = [encoded(draw_photo(i, (100, 80))) for i in range(6)]
     inside, most, lock, decode = 0, [], threading.Lock(), worker.handler.preprocessor.decode
 
-    def watched(header):
+    def watched(header, **options):
         nonlocal inside
         with lock:
             inside += 1
             most.append(inside)
-        image = decode(header)
+        image = decode(header, **options)
         time.sleep(0.02)
         with lock:
             inside -= 1

@@ -81,8 +81,6 @@ def export_learner(
         ExportError: the learner holds something that cannot be reproduced, the copy's answer differs, the runtime
             cannot be had, or the converted model is not good enough.
     """
-    if decode != "exact" and runtime != "openvino":
-        raise ExportError("--decode fast is for --runtime openvino: PyTorch's answers stay exact")
     images = find_images(check, any_file=open is not None) if check else None
     out_dir = Path(out_dir)
     existed = out_dir.exists()
@@ -94,14 +92,9 @@ def export_learner(
             with on_cpu(learner) as model:
                 config, images = write_proven(learner, model, folder, images, open)
             try:
-                precision = precision or PRECISIONS.get(runtime, (None,))[0]
-                check_runtime(runtime, precision)
                 if onnx:
                     write_onnx(config, folder, images)
-                if runtime == "openvino":
-                    config = convert(config, folder, precision, calibrate, max_drop, decode)
-                else:
-                    config = half_precision(config, folder, precision, calibrate, max_drop)
+                config = for_runtime(config, folder, runtime, precision, calibrate, max_drop, decode)
                 write_config(config, folder)
             except RuntimeUnavailable as error:
                 raise ExportError(str(error)) from error
@@ -112,6 +105,25 @@ def export_learner(
             shutil.rmtree(out_dir, ignore_errors=True)
         raise
     return out_dir
+
+
+def for_runtime(
+    config: Config,
+    folder: Path,
+    runtime: str,
+    precision: str | None,
+    calibrate: Path | str | None,
+    max_drop: float,
+    decode: str,
+) -> Config:
+    """`config` with that runtime and precision, for which what it needs lies in `folder`; see `export_learner`."""
+    precision = precision or PRECISIONS.get(runtime, (None,))[0]
+    check_runtime(runtime, precision)
+    if runtime == "openvino":
+        return convert(config, folder, precision, calibrate, max_drop, decode)
+    if decode != "exact":
+        raise ExportError("--decode fast is for --runtime openvino: PyTorch's answers stay exact")
+    return half_precision(config, folder, precision, calibrate, max_drop)
 
 
 def write_proven(
