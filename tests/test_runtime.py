@@ -541,6 +541,20 @@ def test_openvino_gives_a_lone_photo_all_threads_and_others_one_each(int8, monke
     assert all(np.array_equal(mask[0], lone[0]) for mask in masks)
 
 
+def test_a_compiled_model_is_found_in_the_cache_wherever_the_model_lies(int8, tmp_path, monkeypatch):
+    import openvino
+
+    cache, copy = tmp_path / "cache", tmp_path / "copy"
+    monkeypatch.setenv("OPENVINO_CACHE_DIR", str(cache))
+    expected = outputs_of(load_openvino(int8[1] / "fastunet.xml", 1), image_batch(2))
+    copy.mkdir()
+    for suffix in ("xml", "bin"):
+        shutil.copy(int8[1] / f"fastunet.{suffix}", copy)
+    model = openvino.Core().read_model(copy / "fastunet.xml")
+    assert openvino_runtime.compile_model(model, 1).get_property("LOADED_FROM_CACHE")
+    assert np.array_equal(outputs_of(load_openvino(copy / "fastunet.xml", 1), image_batch(2)), expected)
+
+
 def test_openvino_may_be_asked_by_many_threads(int8):
     model = load_openvino(int8[1] / "fastunet.xml", 2)
     batches = [image_batch(n) for n in (1, 2, 5)]

@@ -89,7 +89,11 @@ def infer(request, batch: np.ndarray) -> np.ndarray:
 
 
 def compile_model(model: Path | str | object, threads: int, streams: int = 1, precision: str = "fp32"):
-    """`model`, a path or in memory, for `threads` threads that `streams` images at once share."""
+    """`model`, a path or in memory, for `threads` threads that `streams` images at once share.
+
+    What is compiled is kept in the folder OPENVINO_CACHE_DIR, where that is set, and found there at the next start: by
+    the model's content, the settings, and the name of the processor.
+    """
     settings = {
         "NUM_STREAMS": streams,
         "INFERENCE_NUM_THREADS": threads,
@@ -97,6 +101,8 @@ def compile_model(model: Path | str | object, threads: int, streams: int = 1, pr
         "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" and has_bf16() else "f32",
         "ENABLE_CPU_PINNING": False,  # several processes would all be pinned to the same cores
     }
+    if folder := os.environ.get("OPENVINO_CACHE_DIR"):
+        settings["CACHE_DIR"] = folder
     return openvino.Core().compile_model(model, "CPU", settings)
 
 
