@@ -3,6 +3,8 @@
 #   docker build -t fastunet .                                   for the CPU, gigabytes smaller
 #   docker build -t fastunet --build-arg TORCH_BACKEND=cu126 .   for a GPU, CUDA 12: NVIDIA driver 525.60 or newer
 #   docker build -t fastunet --build-arg SERVER=uvicorn .        without TorchServe and Java: Starlette on uvicorn serves
+#   docker build -t fastunet --build-arg RUNTIME=openvino .      for archives of OpenVINO alone: on uvicorn and without
+#                                                                PyTorch, a tenth of the size
 #
 # TORCH_BACKEND is any value of `uv pip install --torch-backend` for which PyTorch publishes the pinned version, or `pypi`:
 # PyTorch as PyPI has it, with CUDA 13 (NVIDIA driver 580 or newer). PyPI's is also taken, and the build says so, where
@@ -17,12 +19,13 @@ FROM ${BASE} AS build
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates python3-venv \
     && apt-get clean && rm -rf /var/lib/apt/lists/*
+ARG RUNTIME=all
 ARG TORCH_BACKEND=cpu
 ARG SERVER=torchserve
 ENV UV_SYSTEM_CERTS=true UV_COMPILE_BYTECODE=true UV_LINK_MODE=copy UV_CACHE_DIR=/var/cache/uv
-COPY deployment/requirements.txt constraints.txt ./
+COPY deployment/requirements.txt deployment/requirements-openvino.txt constraints.txt ./
 # Of the CUDA packages each build of PyTorch pins its own versions. Triton goes again: it is a compiler of 1 GB that calls
-# a C compiler in its turn, and the image has none. No runtime needs it.
+# a C compiler in its turn, and the image has none. No runtime needs it. Nor OpenVINO's plugins for GPUs and NPUs.
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     --mount=type=secret,id=uv,target=/etc/uv/uv.toml \
     --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
@@ -32,22 +35,25 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     && /opt/uv/bin/uv venv --python /usr/bin/python3 /opt/venv \
     && grep -vE '^(cuda|nvidia|triton)' constraints.txt > pins.txt \
     && if [ "$SERVER" != torchserve ]; then sed -i '/^torchserve/d' requirements.txt; fi \
+    && if [ "$RUNTIME" = openvino ]; then mv requirements-openvino.txt requirements.txt; fi \
     && install() { \
          /opt/uv/bin/uv pip install --python /opt/venv --requirements requirements.txt --constraints pins.txt "$@"; \
        } \
-    && case "${TORCH_BACKEND}" in \
-         pypi) install ;; \
-         cpu) install --torch-backend=cpu || { \
+    && case "${RUNTIME}-${TORCH_BACKEND}" in \
+         openvino-* | *-pypi) install ;; \
+         *-cpu) install --torch-backend=cpu || { \
                 echo "PyTorch's build for the CPU cannot be fetched: taking PyPI's, which is gigabytes larger" >&2; \
                 install; } ;; \
          *) install "--torch-backend=${TORCH_BACKEND}" ;; \
        esac \
-    && /opt/uv/bin/uv pip uninstall --python /opt/venv triton
+    && /opt/uv/bin/uv pip uninstall --python /opt/venv triton \
+    && rm /opt/venv/lib/python3*/site-packages/openvino/libs/libopenvino_intel_[gn]pu_plugin.so
 
 FROM ${BASE}
+ARG RUNTIME=all
 ARG SERVER=torchserve
 RUN apt-get update \
-    && if [ "$SERVER" = torchserve ]; then java=openjdk-17-jre-headless; fi \
+    && if [ "$RUNTIME-$SERVER" = all-torchserve ]; then java=openjdk-17-jre-headless; fi \
     && apt-get install -y --no-install-recommends ca-certificates $java python3 \
     && apt-get clean && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 1000 --create-home serve
@@ -62,7 +68,7 @@ ARG NAME=
 # AIP_HTTP_PORT is AI Platform's name for the port of health checks and predictions; it overrides this default.
 # Google's GPU machines put NVIDIA's driver and nvidia-smi, by which TorchServe finds the GPU, into /usr/local/nvidia.
 ENV PATH=/opt/venv/bin:$PATH:/usr/local/nvidia/bin LD_LIBRARY_PATH=/usr/local/nvidia/lib64 \
-    PYTHONUNBUFFERED=1 AIP_HTTP_PORT=8080 MODEL_NAME=${NAME} SERVER=${SERVER}
+    PYTHONUNBUFFERED=1 AIP_HTTP_PORT=8080 MODEL_NAME=${NAME}
 # What the image was built for: `deployment.ai_platform upload --torch-backend` takes the same word.
 ARG TORCH_BACKEND=cpu
 LABEL torch_backend=${TORCH_BACKEND}

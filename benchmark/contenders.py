@@ -39,14 +39,18 @@ OURS = {  # on TorchServe: runtime and precision
     FASTEST: ("openvino", "int8"),
 }
 UVICORN = {f"uvicorn-{precision}": f"openvino-{precision}" for precision in ("fp32", "bf16", "int8")}  # same stores
+UVICORN["uvicorn-int8-fast"] = FAST = f"{FASTEST}-fast"  # large JPEGs decoded at a fraction of their size
+BASELINES = ("baseline", "baseline-1-thread")
 CHOSEN = ("fastapi", "litserve", "bentoml", "ray")  # that may run as one process, or as one for each core
 PEERS = ("fastai", *CHOSEN)
 ALONE = ("in-process", "limit")  # without a server: see benchmark.limit
-ALL = ("baseline", "fastai", *OURS, *UVICORN, *CHOSEN, *ALONE)
+ALL = (*BASELINES, "fastai", *OURS, *UVICORN, *CHOSEN, *ALONE)
 
 
 def store_of(name: str) -> str:
-    """Which of OURS has the model that the contender `name` serves; the baseline and fastai have their own."""
+    """The folder of the model that the contender `name` serves."""
+    if name in BASELINES:
+        return "baseline"
     return UVICORN.get(name, FASTEST if name in (*CHOSEN, *ALONE) else name)
 
 
@@ -80,8 +84,10 @@ def prepare(names: list[str], model_store: Path, folder: Path, calibrate: Path) 
         deployment.archive.ArchiveError: an archive cannot be made.
     """
     config, weights = read_store(model_store, names), model_store / "fastunet.pth"
-    served = {store_of(name) for name in names}
-    for name in [name for name in OURS if name in served]:
+    stores = {store_of(name) for name in names}
+    if FAST in stores:
+        stores.add(FASTEST)
+    for name in [name for name in OURS if name in stores]:
         store = folder / name
         if is_fresh(store, weights):
             continue
@@ -93,7 +99,11 @@ def prepare(names: list[str], model_store: Path, folder: Path, calibrate: Path) 
             served = convert(served, store, precision, calibrate)
         write_config(served, store)
         make_archive(store)
-    if "baseline" in names and not is_fresh(folder / "baseline", weights):
+    if FAST in stores and not is_fresh(folder / FAST, weights):
+        shutil.copytree(folder / FASTEST, folder / FAST, dirs_exist_ok=True)
+        write_config(dataclasses.replace(read_config(folder / FASTEST), decode="fast"), folder / FAST)
+        make_archive(folder / FAST)
+    if "baseline" in stores and not is_fresh(folder / "baseline", weights):
         store = folder / "baseline"
         store.mkdir(parents=True, exist_ok=True)
         shutil.copy(weights, store)
@@ -142,8 +152,8 @@ def contender(name: str, folder: Path, workers: int = 1) -> Iterator[str]:
     if name in OURS:
         with torchserve(folder / name, timeout=300) as url:
             yield f"{url}/predictions/fastunet"
-    elif name == "baseline":
-        with baseline(folder / name) as url:
+    elif name in BASELINES:
+        with baseline(folder / "baseline", threads=1 if name == "baseline-1-thread" else None) as url:
             yield url
     elif name in UVICORN:
         port, metrics = free_ports(2)
@@ -155,13 +165,16 @@ def contender(name: str, folder: Path, workers: int = 1) -> Iterator[str]:
         port = free_ports(1)[0]
         model = folder if name == "fastai" else folder / store_of(name)
         argv = [str(PEERS_PYTHON), "-m", f"benchmark.peers.with_{name}", str(model), str(port)]
-        with server(argv, port, workers=workers):
+        with server(argv, port, workers=workers, threads=cores() // workers):
             yield f"http://127.0.0.1:{port}/predict"
 
 
 @contextlib.contextmanager
-def baseline(store: Path) -> Iterator[str]:
-    """TorchServe as its own command starts it, with every setting at its default but the addresses."""
+def baseline(store: Path, threads: int | None = None) -> Iterator[str]:
+    """TorchServe as its own command starts it, with every setting at its default but the addresses.
+
+    `threads` is OMP_NUM_THREADS, for each of its workers; None leaves it to torch.
+    """
     import ts
 
     home = Path(ts.__file__).parent
@@ -176,22 +189,27 @@ def baseline(store: Path) -> Iterator[str]:
         argv = [java(), f"-Dmodel_server_home={home.parent}", "-cp", f"{home}/frontend/*"]
         argv += ["org.pytorch.serve.ModelServer", "--python", sys.executable, "-f", str(settings), "-s", str(store)]
         argv += ["-ncs", "-m", "fastunet=fastunet.mar", "--disable-token"]
-        with server(argv, port):
+        with server(argv, port, threads=threads):
             yield f"http://127.0.0.1:{port}/predictions/fastunet"
 
 
 @contextlib.contextmanager
-def server(argv: list[str], port: int, timeout: float = 120, workers: int = 1) -> Iterator[None]:
-    """The command `argv` as a server on `port`; it and all its processes end with the block, or with this process."""
+def server(
+    argv: list[str], port: int, timeout: float = 120, workers: int = 1, threads: int | None = None
+) -> Iterator[None]:
+    """The command `argv` as a server on `port`; it and all its processes end with the block, or with this process.
+
+    It gets `workers` as WORKERS, and `threads` as OMP_NUM_THREADS; None leaves that unset.
+    """
     env = os.environ | {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'notebook'}",
         "WORKERS": str(workers),
-        "OMP_NUM_THREADS": str(cores() // workers),
         "RAY_USAGE_STATS_ENABLED": "0",
         "BENTOML_DO_NOT_TRACK": "True",
     }
-    if argv[0] != str(PEERS_PYTHON):
-        env.pop("OMP_NUM_THREADS")  # the baseline leaves this to torch, and our server knows it
+    env.pop("OMP_NUM_THREADS", None)
+    if threads:
+        env["OMP_NUM_THREADS"] = str(threads)
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch, "log")
         streams = {"stdout": (output := log.open("wb")), "stderr": subprocess.STDOUT}

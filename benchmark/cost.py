@@ -1,7 +1,7 @@
 """What photos cost on Google Cloud: `python -m benchmark.cost` prints it, of measured rates and the prices below.
 
-The rate of the CPU is the best in results.json that int8 reached on two cores, and stands for a machine of two vCPUs;
-another generation of CPUs may be half or twice as fast. Those of the GPUs are in gpu_results.json, where
+The rates of the CPU are the best in results.json that int8 reached on two cores, on the processor named there, and
+stand for machines of two vCPUs: n2 has VNNI, n1 has not. Those of the GPUs are in gpu_results.json, where
 `benchmark.gpu` ran on such a card.
 """
 
@@ -16,6 +16,7 @@ PRICES_OF = "2026-11-24"
 HOURLY = {  # https://cloud.google.com/vertex-ai/pricing, custom-trained models, online and batch
     "n1-standard-2": 0.1095,
     "n1-standard-4": 0.2190,
+    "n2-standard-2": 0.1117,  # Compute Engine's 0.0971, plus the 15 % that the service adds to n1's price too
     "T4": 0.4025,  # on top of its machine
     "g2-standard-4": 0.8129,  # with its L4
 }
@@ -43,10 +44,10 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def cpu_rate(results: dict) -> float | None:
-    """The most answers per second of a contender of ours with int8, over HTTP."""
-    rates = [row["rps"] for name, rows in results.items() if name.endswith("int8") for row in rows.values()]
-    return max(rates, default=None)
+def cpu_rate(results: dict, server: str) -> float | None:
+    """The most answers per second with int8 on that server: openvino-int8 is TorchServe, uvicorn-int8 uvicorn."""
+    loads = results.get("rows", {}).get(server, {}).items()
+    return max((row["rps"] for load, row in loads if load.isdigit()), default=None)
 
 
 def gpu_rate(results: dict, card: str) -> float | None:
@@ -55,14 +56,22 @@ def gpu_rate(results: dict, card: str) -> float | None:
     return max((rate for server in servers for rates in server.values() for rate in rates.values()), default=None)
 
 
-def ways(cpu: float | None, t4: float | None, l4: float | None) -> list[Way]:
-    run = 3600 * (2 * CLOUD_RUN["vCPU second"] + 4 * CLOUD_RUN["GiB second"])
+def cloud_run(gibibytes: float) -> float:
+    """Dollars an hour for two vCPUs and that much memory."""
+    return 3600 * (2 * CLOUD_RUN["vCPU second"] + gibibytes * CLOUD_RUN["GiB second"])
+
+
+def ways(torchserve: float | None, uvicorn: float | None, t4: float | None, l4: float | None) -> list[Way]:
+    """`torchserve` and `uvicorn` are rates of int8 on a CPU: of the default image, and of that with OpenVINO alone."""
+    n2, requests = HOURLY["n2-standard-2"], CLOUD_RUN["million requests"]
     return [
-        Way("endpoint, CPU int8 (n1-standard-2)", HOURLY["n1-standard-2"], cpu),
+        Way("endpoint, n2-standard-2, TorchServe image", n2, torchserve),
+        Way("endpoint, n2-standard-2, OpenVINO image", n2, uvicorn),
         Way("endpoint, T4 (n1-standard-4)", HOURLY["n1-standard-4"] + HOURLY["T4"], t4),
         Way("endpoint, L4 (g2-standard-4)", HOURLY["g2-standard-4"], l4),
-        Way("batch job, CPU int8 (n1-standard-2)", HOURLY["n1-standard-2"], cpu, False),
-        Way("Cloud Run, CPU int8 (2 vCPU, 4 GiB)", run, cpu, False, CLOUD_RUN["million requests"]),
+        Way("batch job, n2-standard-2, OpenVINO image", n2, uvicorn, False),
+        Way("Cloud Run, 2 vCPU, 4 GiB, TorchServe image", cloud_run(4), torchserve, False, requests),
+        Way("Cloud Run, 2 vCPU, 1 GiB, OpenVINO image", cloud_run(1), uvicorn, False, requests),
     ]
 
 
@@ -81,13 +90,14 @@ def table(rows: list[Way]) -> str:
 
 
 def main() -> None:
-    gpus = read(HERE / "gpu_results.json")
-    rows = ways(cpu_rate(read(HERE / "results.json")), gpu_rate(gpus, "T4"), gpu_rate(gpus, "L4"))
-    print(table(rows))
+    gpus, cpu = read(HERE / "gpu_results.json"), read(HERE / "results.json")
+    rates = [cpu_rate(cpu, server) for server in ("openvino-int8", "uvicorn-int8")]
+    print(table(ways(*rates, gpu_rate(gpus, "T4"), gpu_rate(gpus, "L4"))))
+    print(f"\nCPU rates measured on: {cpu.get('machine', 'nothing yet, run `make bench`')}.")
     print(
         f"\nList prices of {PRICES_OF}, us-central1, for machines that are fully busy; an endpoint costs all day, "
         f"the others while they compute.\nA batch job also pays for some {BATCH_START} minutes until its first photo: "
-        f"${BATCH_START / 60 * HOURLY['n1-standard-2']:.3f}. Storage and traffic are left out."
+        f"${BATCH_START / 60 * HOURLY['n2-standard-2']:.3f}. Storage and traffic are left out."
     )
 
 

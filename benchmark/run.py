@@ -1,8 +1,8 @@
 """Serve the same weights and photos with every contender in turn and measure: `python -m benchmark.run`.
 
-Writes `benchmark/results.json` (`{contender: {clients: {rps, p50_ms, p95_ms, p99_ms, errors, wrong_masks, …}}}`), which
-keeps the figures of contenders that are not measured this time, `benchmark/results.png`, and the table in
-`benchmark/README.md`; prints all figures.
+Writes `benchmark/results.json` (`{"machine": …, "rows": {contender: {load: {rps, p50_ms, errors, wrong_masks, …}}}}`),
+`benchmark/results.png`, and the table in `benchmark/README.md`; prints all figures. They are those of this run alone. A
+load is a number of clients, or BIG: eight clients with photos of 12 megapixels.
 """
 
 import argparse
@@ -22,10 +22,11 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+from PIL import Image
 from tqdm import tqdm
 
 from benchmark import contenders, load
-from benchmark.contenders import ALL, ALONE, CHOSEN, FASTEST, HERE, PEERS, ROOT, store_of
+from benchmark.contenders import ALL, ALONE, BASELINES, CHOSEN, FAST, FASTEST, HERE, PEERS, ROOT, store_of
 from deployment.archive import ArchiveError
 from deployment.config import read_config
 from deployment.export import ExportError
@@ -44,7 +45,8 @@ README = HERE / "README.md"
 MARKS = "<!-- written by benchmark.run -->\n", "<!-- end -->\n"  # around the table in README.md
 OVERLOAD = 150  # clients, more than either of our servers lets in at one time
 OVERLOADED = (FASTEST, "uvicorn-int8")
-EXACT = ("baseline", "eager", "fastai")  # must agree in every pixel; the others in MIN_AGREEMENT of them
+BIG, BIG_SIZE, BIG_CLIENTS = "12 MP", (3024, 4032), 8
+EXACT = (*BASELINES, "eager", "fastai")  # must agree in every pixel; the others in MIN_AGREEMENT of them
 
 
 def photos(folder: Path | None, count: int = 16) -> list[bytes]:
@@ -59,6 +61,19 @@ def photos(folder: Path | None, count: int = 16) -> list[bytes]:
             raise FileNotFoundError(f"no JPEG photos in {folder}")
         return found[:count]
     return [encode(draw(seed, (360, 480))) for seed in range(count)]
+
+
+def big_photos(folder: Path, count: int = 4) -> list[bytes]:
+    """JPEGs of 12 megapixels, kept in `folder`: drawn scenes with the noise of a camera, which costs a decoder most."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths, rng = [folder / f"{seed}.jpg" for seed in range(count)], np.random.default_rng(0)
+    for seed, path in enumerate(paths):
+        if not path.is_file():
+            quarter = tuple(side // 4 for side in BIG_SIZE)
+            scene = draw(100 + seed, quarter).resize(BIG_SIZE[::-1], Image.Resampling.BICUBIC)
+            noisy = np.asarray(scene) + rng.normal(0, 8, (*BIG_SIZE, 3)).astype(np.float32)
+            path.write_bytes(encode(Image.fromarray(noisy.clip(0, 255).astype(np.uint8))))
+    return [path.read_bytes() for path in paths]
 
 
 def draw(seed: int, size: tuple[int, int]):
@@ -86,14 +101,16 @@ def calibration(folder: Path, img_size: tuple[int, int]) -> Path:
 
 
 def references(model_store: Path, names: list[str], images: list[bytes]) -> dict[str, list[np.ndarray]]:
-    """The right mask of each photo: "fastai" (here of the copy that export proved equal) and, by the store's name,
-    in process in bf16 and int8 where one of `names` serves them.
+    """The right mask of each photo: "fastai" (here of the copy that export proved equal) and, by the store's name, of
+    what is not as exact, in process, where one of `names` serves it.
     """
     config = read_config(model_store)
     pixels = [*map(Preprocessor(config, model_store), images)]
     masks = {"fastai": numpy_masks(eager(config, model_store), pixels)}
-    for store in {"openvino-bf16", FASTEST} & {store_of(name) for name in names}:
-        model = load_openvino(BUILD / store / "fastunet.xml", cores(), contenders.OURS[store][1])
+    for store in {"openvino-bf16", FASTEST, FAST} & {store_of(name) for name in names}:
+        served = read_config(BUILD / store)
+        pixels = [*map(Preprocessor(served, BUILD / store), images)]
+        model = load_openvino(BUILD / store / "fastunet.xml", cores(), served.precision)
         masks[store] = numpy_masks(model, pixels)
     return masks
 
@@ -143,19 +160,20 @@ def choose_workers(name: str, images: list[bytes], check: Check) -> int:
 
 
 def measure(
-    name: str, clients: list[int], images: list[bytes], check: Check, seconds: float, workers: int = 1
+    name: str, loads: list[tuple[str, int, list[bytes], Check]], seconds: float, workers: int = 1
 ) -> dict[str, dict]:
-    """One start of one contender: what every number of clients got."""
+    """One start of one contender: what each of `loads` got, which are a name, clients, photos, and their check."""
     rows = {}
+    _, _, images, check = loads[0]
     begin = time.perf_counter()
     with contenders.contender(name, BUILD, workers) as url:
         body = contenders.first_answer(url, images[0])
         start_up = time.perf_counter() - begin
         if not check(0, body):
             raise RuntimeError(f"{name} answers with a wrong mask; the answer begins with {body[:200]!r}")
-        for n in clients:
+        for key, clients, images, check in loads:
             before, begin = processes(), time.perf_counter()
-            row = load.run(url, images, n, seconds, check)
+            row = load.run(url, images, clients, seconds, check)
             after, elapsed = processes(), time.perf_counter() - begin
             used = sum(cpu - before.get(pid, (0, 0))[0] for pid, (cpu, _) in after.items())
             row["cpu_cores"] = round(used / elapsed, 3)
@@ -163,8 +181,15 @@ def measure(
             row["start_up_s"] = round(start_up, 2)
             row["workers"] = workers
             row["agreement"] = round(statistics.mean(check.agreement.values()), 6)
-            rows[str(n)] = row
+            rows[key] = row
     return rows
+
+
+def measure_alone(name: str, folder: Path | None, seconds: float) -> dict[str, dict]:
+    """As `measure`, of what has no server; `folder` holds the photos, None stands for drawn ones."""
+    command = [sys.executable, "-m", "benchmark.limit", name, BUILD / FASTEST, f"--seconds={seconds}"]
+    command += [f"--photos={folder.resolve()}"] if folder else []
+    return json.loads(subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True).stdout)
 
 
 def median(rows: list[dict]) -> dict:
@@ -176,19 +201,24 @@ def median(rows: list[dict]) -> dict:
     } | {"runs": len(rows), "rps_spread": round(max(both["rps"]) - min(both["rps"]), 3)}
 
 
-def write_table(results: dict) -> None:
-    """Put `summary` in its place in README.md."""
+def write_table(machine: str, rows: dict) -> None:
+    """Put `machine` and the `summary` of `rows` in their place in README.md."""
     text = README.read_text()
     before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
     part = README.with_suffix(".part")
-    part.write_text("".join([before, MARKS[0], summary(results), "\n", MARKS[1], after]))
+    part.write_text("".join([before, MARKS[0], f"{machine}:\n\n{summary(rows)}\n", MARKS[1], after]))
     os.replace(part, README)
 
 
-def save(results: dict) -> None:
+def save(machine: str, rows: dict) -> None:
     part = RESULTS.with_suffix(".part")
-    part.write_text(json.dumps(results, indent=1) + "\n")
+    part.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
     os.replace(part, RESULTS)
+
+
+def by_load(key: str) -> tuple[bool, int]:
+    """The order of loads: by the number of clients, and BIG at the end."""
+    return (key == BIG, 0 if key == BIG else int(key))
 
 
 def table(results: dict) -> str:
@@ -201,9 +231,9 @@ def table(results: dict) -> str:
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name in sorted(results, key=ALL.index):
-        for n, row in sorted(results[name].items(), key=lambda item: int(item[0])):
+        for n, row in sorted(results[name].items(), key=lambda item: by_load(item[0])):
             ratio = f"{row['rps'] / base[n]:.1f}" if base.get(n) else ""
-            share = f"{row['rps'] / limit['8']['rps']:.0%}" if "8" in limit and n != "1" else ""
+            share = f"{row['rps'] / limit['8']['rps']:.0%}" if "8" in limit and n not in ("1", BIG) else ""
             if n == "1" and "1" in limit:
                 share = f"{row['rps'] / limit['1']['rps']:.0%}"
             cells = [f"{row['rps']:.1f}", ratio, share, *(f"{row[f'p{q}_ms']:.0f}" for q in (50, 95, 99))]
@@ -221,12 +251,12 @@ def summary(results: dict) -> str:
 
     The last column is the goodput under overload as a share of the peak.
     """
-    counts = sorted({int(n) for name in results if name not in ALONE for n in results[name]} - {OVERLOAD})
+    counts = sorted({int(n) for name in results if name not in ALONE for n in results[name] if n != BIG} - {OVERLOAD})
     most = str(8 if 8 in counts else counts[-1])
     base, limit = (results.get(name, {}).get(most, {}).get("rps") for name in ("baseline", "limit"))
     heads = [f"{n} client{'s' * (n > 1)}" for n in counts]
     heads += [f"× baseline, {most} clients", f"of the limit, {most} clients", f"p50 ms, {counts[0]} client"]
-    heads += ["start-up s", "memory MB", f"goodput, {OVERLOAD} clients"]
+    heads += ["start-up s", "memory MB", f"goodput, {OVERLOAD} clients", f"{BIG} photos, {BIG_CLIENTS} clients"]
     lines = ["| requests/s | " + " | ".join(heads) + " |", "|---|" + "--:|" * len(heads)]
     for name in sorted(results, key=ALL.index):
         rows = results[name]
@@ -237,8 +267,9 @@ def summary(results: dict) -> str:
         cells.append(f"{first['p50_ms']:.1f}" if first else "")
         for key, form in (("start_up_s", ".1f"), ("memory_mb", ".0f")):
             cells.append(format(rows[most][key], form) if key in rows.get(most, {}) else "")
-        peak = max((row["rps"] for n, row in rows.items() if n != str(OVERLOAD)), default=0)
+        peak = max((row["rps"] for n, row in rows.items() if n not in (str(OVERLOAD), BIG)), default=0)
         cells.append(f"{rows[str(OVERLOAD)]['rps'] / peak:.0%}" if str(OVERLOAD) in rows and peak else "")
+        cells.append(f"{rows[BIG]['rps']:.1f}" if BIG in rows else "")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -253,7 +284,7 @@ def plot(results: dict, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
     served = [name for name in sorted(results, key=ALL.index) if name not in ALONE]
     for i, name in enumerate(served):
-        rows = sorted((int(n), row) for n, row in results[name].items() if int(n) != OVERLOAD)
+        rows = sorted((int(n), row) for n, row in results[name].items() if n not in (str(OVERLOAD), BIG))
         ours = name in contenders.OURS or name in contenders.UVICORN
         style = dict(marker="o", color=plt.cm.tab20(i), linestyle="-" if ours else "--", linewidth=2.5 if ours else 1.2)
         left.plot([n for n, _ in rows], [row["rps"] for _, row in rows], label=name, **style)
@@ -263,7 +294,7 @@ def plot(results: dict, path: Path) -> None:
         right.axhline(results["limit"]["1"]["p50_ms"], color="black", linewidth=1, label="limit (the model alone)")
     for axes, title in ((left, "requests per second"), (right, "median latency, ms")):
         axes.set(title=title, xlabel="clients", xscale="log", yscale="log")
-        ticks = sorted({int(n) for name in served for n in results[name]} - {OVERLOAD})
+        ticks = sorted({int(n) for name in served for n in results[name] if n != BIG} - {OVERLOAD})
         axes.set_xticks(ticks, [str(n) for n in ticks])
         axes.grid(alpha=0.3)
     left.legend(fontsize="small")
@@ -301,46 +332,51 @@ def bench(names: list[str], clients: list[int], args) -> None:
         RuntimeError: contenders failed; the others are measured all the same.
     """
     config, images = contenders.read_store(args.model_store, names), photos(args.photos)
+    big = big_photos(BUILD / "12_megapixels")
     if {*PEERS} & {*names}:
         contenders.install_peers()
     scenes = args.calibrate or calibration(BUILD / "scenes", config.img_size)
     contenders.prepare(names, args.model_store, BUILD, scenes)
-    masks = references(args.model_store, names, images)
-    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    runs, failures, workers = defaultdict(lambda: defaultdict(list)), [], {}
+    masks, big_masks = (references(args.model_store, names, some) for some in (images, big))
+    machine = f"{cores()} cores, {cpu_name()}; {args.repeat} starts each, {args.seconds:g} s per figure, medians"
+    results, runs, failures, workers = {}, defaultdict(lambda: defaultdict(list)), [], {}
     for _, name in (progress := tqdm([(i, name) for i in range(args.repeat) for name in names], unit="run")):
         progress.set_postfix_str(name)
         if name in ALONE:
-            command = [sys.executable, "-m", "benchmark.limit", name, BUILD / FASTEST, f"--seconds={args.seconds}"]
-            command += [f"--photos={args.photos.resolve()}"] if args.photos else []
-            rows = json.loads(subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True).stdout)
+            rows = measure_alone(name, args.photos, args.seconds)
+            if name == "in-process":
+                rows[BIG] = measure_alone(name, BUILD / "12_megapixels", args.seconds)["8"]
         else:
             try:
                 check = Check(name, masks)
                 if name in CHOSEN and name not in workers:
                     workers[name] = choose_workers(name, images, check)
-                loads = [*clients, *([OVERLOAD] if name in OVERLOADED else [])]
-                rows = measure(name, loads, images, check, args.seconds, workers.get(name, 1))
+                counts = [*clients, *([OVERLOAD] if name in OVERLOADED else [])]
+                loads = [(str(n), n, images, check) for n in counts]
+                loads.append((BIG, BIG_CLIENTS, big, Check(name, big_masks)))
+                rows = measure(name, loads, args.seconds, workers.get(name, 1))
             except (OSError, RuntimeError) as error:
                 failures.append(f"{name}: {error}")
                 continue
         for n, row in rows.items():
             runs[name][n].append(row)
             results.setdefault(name, {})[n] = median(runs[name][n])
-        save(results)
+        save(machine, results)
     shown = {name: results[name] for name in ALL if name in results}
     plot(shown, RESULTS.with_suffix(".png"))
-    write_table(shown)
-    print(f"{cores()} cores, {cpu_name()}; {args.repeat} starts each, {args.seconds:g} s per figure, medians")
-    print(summary(shown), table(shown), sep="\n\n")
+    write_table(machine, shown)
+    print(machine, summary(shown), table(shown), sep="\n\n")
     if failures:
         raise RuntimeError("\n".join(failures))
 
 
 def cpu_name() -> str:
+    """The processor's name, and what it has for int8 and bf16."""
     with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(": ", 1)[1] for line in lines if line.startswith("model name"))
+        lines = dict(line.split("\t", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if "\t" in line)
+        flags = lines["flags"].split()
+        has = [name for name in ("avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8") if name in flags]
+        return f"{lines['model name'].strip(': ')} ({', '.join(has) or 'neither VNNI nor bf16'})"
     return platform.processor()
 
 

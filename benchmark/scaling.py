@@ -8,7 +8,6 @@ Everything is measured in process, with the same functions that the handler call
 
 import argparse
 import io
-import json
 import math
 import statistics
 import tempfile
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmark.cost import HERE, cpu_rate, read
 from deployment.config import Config
 from deployment.export.convert import to_openvino
 from deployment.model import DynamicUnetDIY
@@ -131,13 +131,9 @@ def main() -> None:
     show("sizes of the model", (forward("resnet34", 12, s) for s in sizes))
     show("classes", (forward("resnet34", n, size) for n in (2, 12, 32, 150)))
     show("threads", (forward("resnet34", 12, size, n) for n in range(1, cores() + 1)))
-    results = Path(__file__).with_name("results.json")
-    if results.is_file():
-        served = json.loads(results.read_text()).get("openvino-int8", {})
-        best = max((row["rps"] for row in served.values()), default=None)
-        if best:
-            title = f"replicas, from the {best:.0f} requests/s of openvino int8 on these {cores()} cores"
-            show(title, (needs(machine, best * n / cores()) for machine, n in MACHINES.items()))
+    if best := cpu_rate(read(HERE / "results.json"), "openvino-int8"):
+        title = f"replicas, from the {best:.0f} requests/s of openvino-int8 in results.json, on {cores()} cores"
+        show(title, (needs(machine, best * n / cores()) for machine, n in MACHINES.items()))
 
 
 if __name__ == "__main__":

@@ -73,6 +73,7 @@ def archiver_command(folder: Path, code: Path, name: str, version: str) -> list[
     return [
         "torch-model-archiver",
         *("--model-name", name, "--version", version, "--force"),
+        *("--archive-format", "zip-store"),  # compressing weights saves little, and costs time
         *("--handler", shown(HERE / "handler.py"), "--extra-files", ",".join(map(shown, [code, *extra]))),
         *("--serialized-file", shown(serialized), "--config-file", shown(folder / "model-config.yaml")),
         *("--export-path", shown(folder)),

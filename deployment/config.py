@@ -23,6 +23,7 @@ class Config:
     channels: int = 3  # of an image as it is opened: 3 for RGB, 1 for gray
     dtype: str = "uint8"  # of its pixels
     opener: bool = False  # the learner's own opening, in open_image.py
+    decode: str = "exact"  # fast: large JPEGs at a fraction of their size, which is not bit for bit as the learner does
     resize: dict | None = None  # the item transforms; None: images keep their own size
 
     # from pixels to what the network takes, as part of the served model: see runtime.pytorch.ServedModel

@@ -117,12 +117,16 @@ class Handler:
     def decode_item(self, item: Item, request: protocol.Request) -> None:
         try:
             with self.budget.hold(item.counted):
-                image = self.preprocessor.decode(item.header) if item.header else self.preprocessor.open(item.data)
+                drawn_on = request.format == "overlay" and request.size == "original"
+                if item.header:
+                    image = self.preprocessor.decode(item.header, whole=drawn_on)
+                else:
+                    image = self.preprocessor.open(item.data)
+                    item.size = size_of(image)
                 resized = self.preprocessor.resize(image)
                 item.pixels = to_array(resized)
-                item.size = size_of(image)
                 if request.format == "overlay":
-                    item.shown = viewable(image if request.size == "original" else resized)
+                    item.shown = viewable(image if drawn_on else resized)
         except Exception as error:
             item.error = protocol.rejection(error)
         item.data, item.header = b"", None

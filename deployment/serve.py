@@ -6,6 +6,7 @@ the port stays closed until then.
 """
 
 import argparse
+import importlib.util
 import os
 import sys
 import threading
@@ -35,7 +36,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--server",
         choices=("torchserve", "uvicorn"),
-        default=os.environ.get("SERVER") or "torchserve",
+        default=os.environ.get("SERVER") or ("torchserve" if importlib.util.find_spec("ts") else "uvicorn"),
         help="TorchServe, or Starlette on uvicorn",
     )
     parser.add_argument("--model-store", default="model_store", help="folder of the archive")

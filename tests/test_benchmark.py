@@ -190,22 +190,26 @@ def test_results_have_the_promised_form(tmp_path, monkeypatch, server):
     extra = {"cpu_cores": 1.5, "memory_mb": 700, "start_up_s": 3.2, "agreement": 1.0}
     served = run.median([row | extra for row in rows])
     alone = run.median([{**rows[0], "streams": 2}])
-    results = dict.fromkeys(("baseline", "eager"), {"1": served, "8": served}) | {"limit": {"1": alone, "8": alone}}
+    loads = {"1": served, "8": served, run.BIG: served}
+    results = dict.fromkeys(("baseline", "eager"), loads) | {"limit": {"1": alone, "8": alone}}
     monkeypatch.setattr(run, "RESULTS", tmp_path / "results.json")
-    run.save(results)
+    run.save("two cores", results)
     read = json.loads((tmp_path / "results.json").read_text())
-    assert read == results and [path.name for path in tmp_path.iterdir()] == ["results.json"]
-    for row in (row for clients in read.values() for row in clients.values()):
+    assert read == {"machine": "two cores", "rows": results} and [path.name for path in tmp_path.iterdir()] == [
+        "results.json"
+    ]
+    for row in (row for clients in results.values() for row in clients.values()):
         assert set(row) >= KEYS and row["errors"] == 0 and row["rps"] > 0
     text = run.table(results)
-    assert text.count("\n") == 1 + 6 and "| eager | 8 |" in text
+    assert text.count("\n") == 1 + 8 and "| eager | 8 |" in text
+    assert "| 12 MP photos, 8 clients |" in run.summary(results)
     run.plot(results, tmp_path / "results.png")
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_readme_has_the_figures_of_results_json():
     results = json.loads(run.RESULTS.read_text())
-    assert run.summary(results) in run.README.read_text()
+    assert f"{results['machine']}:\n\n{run.summary(results['rows'])}" in run.README.read_text()
     assert (run.RESULTS.with_suffix(".png")).is_file()
 
 
@@ -355,7 +359,7 @@ def test_ours_beats_the_baseline_with_the_same_masks(tmp_path):
     """The real thing, on the model in model_store/: some minutes."""
     command = [sys.executable, "-m", "benchmark.run", "--contenders", "baseline,eager,openvino-int8,limit"]
     subprocess.run([*command, "--clients", "1,8", "--repeat", "1"], check=True, cwd=contenders.ROOT, env=os.environ)
-    results = json.loads(Path(run.RESULTS).read_text())
+    results = json.loads(Path(run.RESULTS).read_text())["rows"]
     for name in ("baseline", "eager", "openvino-int8"):
         for row in results[name].values():
             assert row["errors"] == row["wrong_masks"] == 0

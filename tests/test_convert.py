@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import yaml
-from conftest import SMALL, agreement, convert_copy, image_batch, outputs_of
+from conftest import SMALL, agreement, convert_copy, draw_photo, image_batch, outputs_of
 
 from deployment import runtime
 from deployment.config import read_config
-from deployment.export import ExportError, write_config
+from deployment.export import ExportError, for_runtime, write_config
 from deployment.export.convert import MIN_AGREEMENT, calibration_images, convert, convolutions, quantized, to_openvino
 from deployment.photos import Preprocessor
 from deployment.runtime import RuntimeUnavailable
@@ -184,3 +184,45 @@ def test_calibration_images_are_chosen_evenly_where_there_are_many(camvid_folder
     monkeypatch.setattr(CONVERT, "CALIBRATION_IMAGES", 4)
     train, valid = calibration_images(camvid_folder)
     assert [path.name for path in train] == ["3.png", "4.png", "6.png", "8.png"] and len(valid) == 3
+
+
+# --- large JPEGs at a fraction of their size ---
+
+
+@pytest.fixture(scope="module")
+def large_photos(tmp_path_factory):
+    """Ten JPEGs, each eight times as wide and high as the model sees them."""
+    folder = tmp_path_factory.mktemp("large")
+    for i in range(10):
+        draw_photo(i, (512, 512)).save(folder / f"{i}.jpg")
+    return folder
+
+
+def test_fast_decoding_is_measured_and_written_down(small_store, large_photos, tmp_path, capsys):
+    config, folder = convert_copy(small_store, tmp_path, calibrate=large_photos, decode="fast")
+    assert config.decode == "fast" and 0.98 <= config.accuracy["agreement"] < 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("fp32: 100.000% agreement") and lines[1].startswith("--decode fast: 9")
+    write_config(config, folder)
+    assert read_config(folder) == config
+
+
+def test_fast_decoding_that_costs_too_much_is_refused(small_store, large_photos, tmp_path, monkeypatch):
+    monkeypatch.setitem(MIN_AGREEMENT, "--decode fast", 1.0)
+    with pytest.raises(ExportError, match="--decode fast: only 9.*of the answers are as PyTorch has them"):
+        convert_copy(small_store, tmp_path, calibrate=large_photos, decode="fast")
+    assert [path.name for path in tmp_path.iterdir()] == ["fastunet.pth"]
+
+
+def test_fast_decoding_must_change_something_to_be_measured(small_store, camvid_folder, tmp_path):
+    with pytest.raises(ExportError, match="changes nothing: no photo to measure with is a JPEG of 256 × 256 or more"):
+        convert_copy(small_store, tmp_path, calibrate=camvid_folder, decode="fast")
+    with pytest.raises(ExportError, match="must be measured: name a folder"):
+        convert_copy(small_store, tmp_path, decode="fast")
+    with pytest.raises(ExportError, match="resize them with Resize"):
+        convert(dataclasses.replace(SMALL, resize=None), tmp_path, calibrate=camvid_folder, decode="fast")
+
+
+def test_fast_decoding_is_for_openvino(tmp_path):
+    with pytest.raises(ExportError, match="--decode fast is for --runtime openvino"):
+        for_runtime(SMALL, tmp_path, "eager", None, None, 0.5, "fast")

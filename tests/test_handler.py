@@ -350,12 +350,12 @@ def test_images_wait_for_a_place_in_the_budget(worker, monkeypatch):
     photos = [encoded(draw_photo(i, (100, 80))) for i in range(6)]
     inside, most, lock, decode = 0, [], threading.Lock(), worker.handler.preprocessor.decode
 
-    def watched(header):
+    def watched(header, **options):
         nonlocal inside
         with lock:
             inside += 1
             most.append(inside)
-        image = decode(header)
+        image = decode(header, **options)
         time.sleep(0.02)
         with lock:
             inside -= 1
@@ -366,6 +366,17 @@ def test_images_wait_for_a_place_in_the_budget(worker, monkeypatch):
     monkeypatch.setattr(worker.handler, "budget", PixelBudget(2 * 100 * 80))
     assert [status for status, _ in ask(worker, *photos)] == [200] * 6
     assert len(most) == 6 and max(most) <= 2
+
+
+def test_a_jpeg_that_is_decoded_at_a_fraction_keeps_its_size_in_the_answer(small_store, tmp_path):
+    worker = loaded(configured(small_store, tmp_path, decode="fast"))
+    photo = encoded(draw_photo(0, (800, 600)), "JPEG")
+    (_, answer), (_, overlay) = ask(
+        worker, form(photo, size="original"), form(photo, size="original", format="overlay")
+    )
+    assert json.loads(answer)["shape"] == [600, 800]
+    assert Image.open(io.BytesIO(overlay)).size == (800, 600)
+    assert json.loads(ask(worker, photo)[0][1])["shape"] == [64, 64]
 
 
 def test_no_thread_starts_after_the_model_is_loaded(small_store, monkeypatch):

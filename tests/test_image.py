@@ -22,6 +22,11 @@ from gcp_storage_emulator.server import create_server as create_storage_emulator
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import storage
 
+from deployment.archive import make_archive
+from deployment.config import read_config
+from deployment.export import write_config
+from deployment.export.convert import convert
+from deployment.handler import Handler
 from deployment.server.processes import free_ports
 from deployment.server.torchserve import is_ready
 from tests.test_ai_platform import photos, reference  # noqa: F401
@@ -38,9 +43,45 @@ def buildah(*arguments: str | Path, **options) -> str:
     return subprocess.run([*BUILDAH, *arguments], check=True, stdout=subprocess.PIPE, text=True, **options).stdout
 
 
+@pytest.fixture(scope="module", params=["torchserve", "uvicorn", "openvino"])
+def kind(request) -> str:
+    """Which image: by the server in it, or the one that serves OpenVINO's models alone."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def image(kind, model_store, tmp_path_factory) -> dict:
-    """The configuration of the image with the server `kind`, once it is built with version 1 of the model in it."""
+def stores(kind, model_store, next_version, tmp_path_factory) -> dict[str, Path]:
+    """The model stores of versions 1 and 2, as the image `kind` serves them."""
+    versions = {"1": model_store, "2": next_version}
+    if kind == "openvino":
+        for version, store in versions.items():
+            versions[version] = folder = tmp_path_factory.mktemp("openvino")
+            shutil.copy(store / "fastunet.pth", folder)
+            write_config(convert(read_config(store), folder), folder)
+            make_archive(folder)
+    return versions
+
+
+@pytest.fixture(scope="module")
+def expected(kind, stores, request):
+    """A function from a version and a photo to its mask: `learn.predict`'s, or what OpenVINO gives in this process."""
+    if kind != "openvino":
+        return request.getfixturevalue("reference")
+    handlers = {version: Handler() for version in stores}
+    for version, handler in handlers.items():
+        handler.load(stores[version])
+
+    def mask_of(version: str, photo: bytes) -> np.ndarray:
+        job = handlers[version].preprocess({"body": photo})
+        handlers[version].inference(job.items)
+        return job.items[0].output
+
+    return mask_of
+
+
+@pytest.fixture(scope="module")
+def image(kind, stores, tmp_path_factory) -> dict:
+    """The configuration of the image `kind`, once it is built with version 1 of the model in it."""
     missing = [tool for tool in ("buildah", "debootstrap") if not shutil.which(tool)]
     if missing or os.geteuid() != 0:
         pytest.fail(
@@ -55,12 +96,13 @@ def image(kind, model_store, tmp_path_factory) -> dict:
     shutil.copytree(ROOT / "deployment", context / "deployment")
     shutil.copytree(ROOT / "notebook", context / "notebook")  # must not get in
     (context / "model_store").mkdir()
-    shutil.copy(model_store / "fastunet.mar", context / "model_store")
+    shutil.copy(stores["1"] / "fastunet.mar", context / "model_store")
     secrets = [f"--secret=id={id},src={os.environ[name]}" for id, name in SECRETS.items() if os.environ.get(name)]
+    chosen = "RUNTIME=openvino" if kind == "openvino" else f"SERVER={kind}"
     start = time.monotonic()
     subprocess.run(
         [*BUILDAH, "bud", "--isolation=chroot", "--format=docker", "--layers", f"--build-arg=BASE={BASE}",
-         f"--build-arg=SERVER={kind}", *secrets, "--tag", IMAGE, context], check=True,
+         f"--build-arg={chosen}", *secrets, "--tag", IMAGE, context], check=True,
     )  # fmt: skip
     print(f"\n{kind}: built in {time.monotonic() - start:.0f} s")
     print_layers()
@@ -149,7 +191,7 @@ def mask(url: str, photo: bytes) -> np.ndarray:
     return np.frombuffer(base64.b64decode(prediction["base64_prediction"]), np.uint8).reshape(prediction["shape"])
 
 
-def test_serves_and_stops(image, kind, container, photos, reference):  # noqa: F811
+def test_serves_and_stops(image, kind, container, photos, expected):  # noqa: F811
     assert image["User"] == "serve" and image["Healthcheck"]["Test"] == [
         "CMD",
         "python",
@@ -162,9 +204,9 @@ def test_serves_and_stops(image, kind, container, photos, reference):  # noqa: F
     url = f"http://127.0.0.1:{port}"
     process = container(image, management, AIP_HTTP_PORT=str(port))
     started = wait(process, lambda: is_healthy(url))
-    assert kind == "uvicorn" or is_ready(management)
+    assert kind != "torchserve" or is_ready(management)
     print(f"\n{kind}: {started:.1f} s from the container's start to the first 200 of /ping")
-    assert all(np.array_equal(mask(url, photo), reference("1", photo)) for photo in photos)
+    assert all(np.array_equal(mask(url, photo), expected("1", photo)) for photo in photos)
 
     # what the container's first process would be
     main = next(p for p in descendants(process) if p.cmdline()[1:3] == ["-m", "deployment.serve"])
@@ -184,13 +226,13 @@ def test_serves_and_stops(image, kind, container, photos, reference):  # noqa: F
     assert "Traceback" not in log and "Exception" not in log, log
 
 
-def test_fetches_the_archive_at_start(image, container, next_version, photos, reference, monkeypatch):  # noqa: F811
+def test_fetches_the_archive_at_start(image, container, stores, photos, expected, monkeypatch):  # noqa: F811
     port, management, storage_port = free_ports(3)
     url, emulator = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{storage_port}"
     with create_storage_emulator("127.0.0.1", storage_port, in_memory=True, default_bucket="bucket"):
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", emulator)
         client = storage.Client(project="local", credentials=AnonymousCredentials())
-        client.bucket("bucket").blob("models/fastunet.mar").upload_from_filename(next_version / "fastunet.mar")
+        client.bucket("bucket").blob("models/fastunet.mar").upload_from_filename(stores["2"] / "fastunet.mar")
         process = container(
             image,
             management,
@@ -199,7 +241,7 @@ def test_fetches_the_archive_at_start(image, container, next_version, photos, re
             STORAGE_EMULATOR_HOST=emulator,
         )
         wait(process, lambda: is_healthy(url))
-        assert all(np.array_equal(mask(url, photo), reference("2", photo)) for photo in photos)
+        assert all(np.array_equal(mask(url, photo), expected("2", photo)) for photo in photos)
 
 
 def test_holds_what_serving_needs_and_no_more(image, kind, container):
@@ -210,10 +252,13 @@ def test_holds_what_serving_needs_and_no_more(image, kind, container):
         settings = {"config.properties", "log4j2.xml", "openapi.yaml", "try.html"}
         modules = {str(p.relative_to(ROOT)) for folder in (".", "runtime", "server")
                    for p in (ROOT / "deployment" / folder).glob("*.py")}  # fmt: skip
-        others = {"deployment/requirements.txt", "model_store/fastunet.mar"}
+        others = {"model_store/fastunet.mar"}
+        others |= {f"deployment/requirements{which}.txt" for which in ("", "-openvino")}
         assert files == modules | {f"deployment/server/{name}" for name in settings} | others
         packages = {p.name.split("-")[0] for p in (root / "opt/venv").rglob("*.dist-info")}
-        assert {"torch", "torchvision", "starlette", "uvicorn"} <= packages
+        assert {"openvino", "starlette", "uvicorn"} <= packages
+        assert (packages & {"torch", "torchvision"} == set()) == (kind == "openvino")
+        assert not [*root.glob("opt/venv/lib/*/site-packages/openvino/libs/*_intel_[gn]pu_plugin.so")]
         assert ("torchserve" in packages) == (kind == "torchserve")
         assert not packages & {"fastai", "jupyter", "notebook", "triton", "pip", "uv"}
         programs = {p.name for p in (root / "usr/bin").iterdir()}

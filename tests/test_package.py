@@ -94,8 +94,9 @@ def test_the_space_pins_what_the_project_pins():
         return dict(line.split("==") for line in lines)
 
     space, page, serving = map(
-        pins, ("space/requirements.txt", "space/page-requirements.txt", "deployment/requirements.txt")
+        pins, ("space/requirements.txt", "space/page-requirements.txt", "deployment/requirements-openvino.txt")
     )
+    serving |= pins("deployment/requirements.txt")
     for package in space.keys() & page.keys():
         assert space[package] == page[package]
     for package in (space.keys() & serving.keys()) - {"pillow"}:

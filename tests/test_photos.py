@@ -331,6 +331,28 @@ def test_a_mask_comes_back_to_where_the_photo_was(size, options):
     assert np.abs(back - np.array(photo))[middle].max() <= cell * 125 * (1 / width + 1 / height) + 1
 
 
+# --- large JPEGs at a fraction of their size ---
+
+
+@pytest.mark.parametrize(("size", "decoded"), [((250, 250), 1), ((256, 300), 2), ((1000, 511), 2), ((1100, 1024), 8)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_large_jpegs_are_decoded_at_a_fraction_where_that_is_fast(size, decoded, mode):
+    exact, fast = Preprocessor(SMALL), Preprocessor(dataclasses.replace(SMALL, decode="fast"))
+    data = encoded(draw_photo(1, size).convert(mode), "JPEG", quality=90)
+    image = fast.decode(fast.identify(data))
+    assert image.mode == "RGB" and image.size == tuple(-(-side // decoded) for side in size)
+    whole = fast.decode(fast.identify(data), whole=True)
+    assert np.array_equal(whole, exact.open(data))
+    difference = np.abs(fast(data).astype(int) - exact(data))
+    assert difference.any() == (decoded > 1) and difference.mean() < 1.5
+
+
+def test_other_formats_are_decoded_whole():
+    fast = Preprocessor(dataclasses.replace(SMALL, decode="fast"))
+    data = encoded(draw_photo(1, (1000, 800)))
+    assert np.array_equal(fast(data), Preprocessor(SMALL)(data))
+
+
 # --- labels ---
 
 

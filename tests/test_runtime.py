@@ -539,6 +539,13 @@ def test_openvino_gives_a_lone_photo_all_threads_and_others_one_each(int8, monke
     monkeypatch.setattr(openvino_runtime, "compile_model", watched)
     monkeypatch.setattr(openvino_runtime, "infer", slow)
     model, images = load_openvino(path, threads), image_batch(3)
+
+    def lone_request_is_there() -> bool:
+        used.clear()
+        outputs_of(model, images[:1])
+        return used == [True]
+
+    wait_until(lone_request_is_there)  # it is made in the background
     used.clear()
     lone = [outputs_of(model, [image])[0] for image in images]
     assert used == [True] * 3

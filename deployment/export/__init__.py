@@ -57,6 +57,7 @@ def export_learner(
     precision: str | None = None,
     calibrate: Path | str | None = None,
     max_drop: float = 0.5,
+    decode: str = "exact",
     onnx: bool = False,
 ) -> Path:
     """Write the network and `model-config.yaml` of `learner` into `out_dir`, once they are proven; return `out_dir`.
@@ -73,6 +74,7 @@ def export_learner(
             transforms are its own; it goes with `check`. See "Own opening" in deployment/README.md.
         runtime, precision: what serves the model, see `deployment.runtime.PRECISIONS`, whose first is the default.
         calibrate, max_drop: as in `deployment.export.convert.convert`; fp16 and bf16 for a GPU need them too.
+        decode: fast: decode large JPEGs at a fraction of their size, for the runtime `openvino`; see `convert`.
         onnx: write `fastunet.onnx` as well, see `deployment.export.onnx_file`.
 
     Raises:
@@ -90,12 +92,9 @@ def export_learner(
             with on_cpu(learner) as model:
                 config, images = write_proven(learner, model, folder, images, open)
             try:
-                precision = precision or PRECISIONS.get(runtime, (None,))[0]
-                check_runtime(runtime, precision)
                 if onnx:
                     write_onnx(config, folder, images)
-                change = convert if runtime == "openvino" else half_precision
-                config = change(config, folder, precision, calibrate, max_drop)
+                config = for_runtime(config, folder, runtime, precision, calibrate, max_drop, decode)
                 write_config(config, folder)
             except RuntimeUnavailable as error:
                 raise ExportError(str(error)) from error
@@ -106,6 +105,25 @@ def export_learner(
             shutil.rmtree(out_dir, ignore_errors=True)
         raise
     return out_dir
+
+
+def for_runtime(
+    config: Config,
+    folder: Path,
+    runtime: str,
+    precision: str | None,
+    calibrate: Path | str | None,
+    max_drop: float,
+    decode: str,
+) -> Config:
+    """`config` with that runtime and precision, for which what it needs lies in `folder`; see `export_learner`."""
+    precision = precision or PRECISIONS.get(runtime, (None,))[0]
+    check_runtime(runtime, precision)
+    if runtime == "openvino":
+        return convert(config, folder, precision, calibrate, max_drop, decode)
+    if decode != "exact":
+        raise ExportError("--decode fast is for --runtime openvino: PyTorch's answers stay exact")
+    return half_precision(config, folder, precision, calibrate, max_drop)
 
 
 def write_proven(

@@ -32,6 +32,9 @@ def main() -> None:
     parser.add_argument("--precision", help=f"{choices} (default: the first; eager's others are for GPUs)")
     parser.add_argument("--calibrate", metavar="DIR", help="images for int8, fp16, bf16; labels, to measure accuracy")
     parser.add_argument("--max-drop", type=float, default=0.5, help="points of accuracy that may be lost: %(default)s")
+    parser.add_argument(
+        "--decode", default="exact", choices=("exact", "fast"), help="large JPEGs, for openvino (default: %(default)s)"
+    )
     parser.add_argument("--onnx", action="store_true", help="write fastunet.onnx too, checked with onnxruntime")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)  # fastai's own, about torch.jit

@@ -42,6 +42,7 @@ def load(config: Config, folder: Path | str, gpu: int | None = None, threads: in
 
         threads = threads or int(os.environ.get("OMP_NUM_THREADS") or cores())
         return load_openvino(Path(folder, "fastunet.xml"), threads, config.precision, config.img_size)
+    import_optional("torch")
     from .pytorch import load_pytorch
 
     return load_pytorch(config, folder, gpu, threads)

@@ -3,6 +3,8 @@
 import logging
 import os
 import queue
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,8 @@ def load_openvino(
 
     Images that come together are computed side by side, one on each of the `threads`: threads that work on one image
     wait for each other, which costs throughput. An image that comes while no other is computed is ready sooner with all
-    `threads`, and, where several processes share the cores, with those of one more.
+    `threads`, and, where several processes share the cores, with those of one more. That takes the model compiled a
+    second time, which happens in the background: until then such an image is computed by one thread.
 
     Args:
         precision: one of `runtime.PRECISIONS["openvino"]`; bf16 is fp32 on a processor without it, and the log says so.
@@ -28,31 +31,56 @@ def load_openvino(
     """
     if precision == "bf16" and not has_bf16():
         logger.warning("this processor has no bf16: serving in fp32")
+    if isinstance(model, str | Path):
+        model = openvino.Core().read_model(model)
     together = compile_model(model, threads, streams=threads, precision=precision)
     requests = queue.SimpleQueue()  # those that no image is in
     at_once = 2 * threads  # the next images already wait in OpenVINO, so that no thread waits for Python
     for _ in range(at_once):
         requests.put(together.create_infer_request())
+    warm_up = blank_image(together, usual_size)
+    infer(together.create_infer_request(), warm_up)
     most = min(max(threads, 2), available_cores())
-    lone = compile_model(model, most, precision=precision).create_infer_request() if most > 1 else None
+    lone = in_background(lambda: lone_request(model, most, precision, warm_up)) if most > 1 else None
 
     def compute(batch: np.ndarray, alone: bool) -> np.ndarray:
-        if alone and lone is not None:
-            return infer(lone, batch)
+        if alone and lone is not None and lone.done() and not lone.exception():
+            return infer(lone.result(), batch)
         request = requests.get()
         try:
             return infer(request, batch)
         finally:
             requests.put(request)
 
-    sides = list(together.inputs[0].partial_shape)[1:3]
-    size = [side.get_length() if side.is_static else usual for side, usual in zip(sides, usual_size, strict=True)]
-    channels = together.inputs[0].partial_shape[3].get_length()
-    warm_up = np.zeros((1, *size, channels), together.inputs[0].element_type.to_dtype())
-    for alone in (True, False):
-        compute(warm_up, alone)
     logger.info("OpenVINO in %s on %d threads", precision, threads)
     return ImageQueue(compute, at_once)
+
+
+def blank_image(compiled, usual_size: tuple[int, int]) -> np.ndarray:
+    """A batch of one image that `compiled` takes: of `usual_size` (height, width) where it takes several."""
+    (given,) = compiled.inputs
+    _, *sides, channels = given.partial_shape
+    size = [side.get_length() if side.is_static else usual for side, usual in zip(sides, usual_size, strict=True)]
+    return np.zeros((1, *size, channels.get_length()), given.element_type.to_dtype())
+
+
+def lone_request(model, threads: int, precision: str, warm_up: np.ndarray):
+    """An infer request that computes an image with all `threads`, and has done so once."""
+    try:
+        request = compile_model(model, threads, precision=precision).create_infer_request()
+        infer(request, warm_up)
+        return request
+    except Exception as error:  # memory that ran out, above all
+        logger.warning("a lone image is computed by one thread: %s", error)
+        raise
+
+
+def in_background(function: Callable) -> Future:
+    """What `function` will return; Python waits for it before it exits."""
+    thread = ThreadPoolExecutor(1)
+    result = thread.submit(function)
+    thread.shutdown(wait=False)
+    return result
 
 
 def infer(request, batch: np.ndarray) -> np.ndarray:
