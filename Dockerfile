@@ -6,9 +6,9 @@
 #   docker build -t fastunet --build-arg RUNTIME=openvino .      for archives of OpenVINO alone: on uvicorn and without
 #                                                                PyTorch, a tenth of the size
 #
-# TORCH_BACKEND is any value of `uv pip install --torch-backend` for which PyTorch publishes the pinned version, or `pypi`:
-# PyTorch as PyPI has it, with CUDA 13 (NVIDIA driver 580 or newer). PyPI's is also taken, and the build says so, where
-# the build for the CPU cannot be fetched because PyTorch's own index is out of reach.
+# TORCH_BACKEND is one of torch-builds.txt, which names the versions and the NVIDIA driver that each needs; `pypi` is
+# PyTorch as PyPI has it, with CUDA 13. PyPI's is also taken, and the build says so, where the build for the CPU cannot
+# be fetched because PyTorch's own index is out of reach, unless TORCH_FALLBACK=no.
 # Behind a proxy or with a package index of your own, hand the build your settings as secrets, which stay out of the
 # image: `--secret id=pip,src=pip.conf --secret id=uv,src=uv.toml --secret id=ca,src=ca-certificates.crt`.
 
@@ -21,9 +21,10 @@ RUN apt-get update \
     && apt-get clean && rm -rf /var/lib/apt/lists/*
 ARG RUNTIME=all
 ARG TORCH_BACKEND=cpu
+ARG TORCH_FALLBACK=yes
 ARG SERVER=torchserve
 ENV UV_SYSTEM_CERTS=true UV_COMPILE_BYTECODE=true UV_LINK_MODE=copy UV_CACHE_DIR=/var/cache/uv
-COPY deployment/requirements.txt deployment/requirements-openvino.txt constraints.txt ./
+COPY deployment/requirements.txt deployment/requirements-openvino.txt constraints.txt torch-builds.txt ./
 # Of the CUDA packages each build of PyTorch pins its own versions. Triton goes again: it is a compiler of 1 GB that calls
 # a C compiler in its turn, and the image has none. No runtime needs it. Nor OpenVINO's plugins for GPUs and NPUs.
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
@@ -33,15 +34,18 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     python3 -m venv /opt/uv \
     && /opt/uv/bin/pip install --no-cache-dir --disable-pip-version-check uv==0.13.9 \
     && /opt/uv/bin/uv venv --python /usr/bin/python3 /opt/venv \
-    && grep -vE '^(cuda|nvidia|triton)' constraints.txt > pins.txt \
+    && grep -vE '^(cuda|nvidia|triton|torch(vision)?=)' constraints.txt > pins.txt \
+    && awk -v build="$TORCH_BACKEND" '$1 == build { print "torch==" $2 "\ntorchvision==" $3 }' torch-builds.txt > torch.txt \
+    && if [ ! -s torch.txt ]; then echo "torch-builds.txt has no build $TORCH_BACKEND" >&2; exit 1; fi \
     && if [ "$SERVER" != torchserve ]; then sed -i '/^torchserve/d' requirements.txt; fi \
     && if [ "$RUNTIME" = openvino ]; then mv requirements-openvino.txt requirements.txt; fi \
     && install() { \
-         /opt/uv/bin/uv pip install --python /opt/venv --requirements requirements.txt --constraints pins.txt "$@"; \
+         /opt/uv/bin/uv pip install --python /opt/venv --requirements requirements.txt --constraints pins.txt \
+             --overrides torch.txt "$@"; \
        } \
     && case "${RUNTIME}-${TORCH_BACKEND}" in \
          openvino-* | *-pypi) install ;; \
-         *-cpu) install --torch-backend=cpu || { \
+         *-cpu) install --torch-backend=cpu || { [ "$TORCH_FALLBACK" = yes ] || exit 1; \
                 echo "PyTorch's build for the CPU cannot be fetched: taking PyPI's, which is gigabytes larger" >&2; \
                 install; } ;; \
          *) install "--torch-backend=${TORCH_BACKEND}" ;; \

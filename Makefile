@@ -2,7 +2,7 @@
 # checkout may lie anywhere.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test serve page page-test bench soak image image-test notebooks lint clean
+.PHONY: help demo test serve page page-test bench gpu-check soak image image-test notebooks lint clean
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # What Python compiles of .venv is kept there, whatever the shell says: it halves the start of everything after the first.
@@ -34,6 +34,9 @@ page: .venv-page/installed ## open a page in the browser that asks the running s
 
 bench: .venv/installed ## measure against peers and the limit: CONTENDERS=baseline,eager,… CLIENTS=1,8 PHOTOS= CALIBRATE=
 	@$(PY) -m benchmark.run $(if $(CONTENDERS),--contenders $(CONTENDERS)) $(if $(CLIENTS),--clients $(CLIENTS)) $(if $(PHOTOS),--photos "$(PHOTOS)") $(if $(CALIBRATE),--calibrate "$(CALIBRATE)")
+
+gpu-check: ## prove and measure serving on this machine's GPU, in under eight minutes; CPU=1: whether all of it runs, without one
+	@$(if $(wildcard .venv/bin/python),$(PY),python3) -m benchmark.gpu $(if $(CPU),--cpu) $(if $(PARTS),--parts "$(PARTS)")
 
 soak: .venv/installed ## the long tests: malformed requests by the thousand, a killed worker, 15 minutes of load
 	@$(PY) -m pytest -m soak -s

@@ -47,11 +47,14 @@ if [ "$backend" = cpu ] || [ "$(uname)" != Linux ]; then size="about 2 GB"; fi
 echo "installing into .venv, $size, which takes some minutes: PyTorch's build $backend ($choice)"
 if [ "$backend" = pypi ]; then
   $PY -m uv pip install --quiet --python $PY -r requirements.txt
-else  # constraints.txt pins what PyPI's build brings along; another one brings its own
-  pins=$(mktemp)
-  grep -vE '^(cuda|nvidia|triton)' constraints.txt >"$pins"
+else  # constraints.txt pins what PyPI's build brings along; another one brings its own, and may end with an older PyTorch
+  pins=$(mktemp) torch=$(mktemp)
+  grep -vE '^(cuda|nvidia|triton|torch(vision)?=)' constraints.txt >"$pins"
+  if $PY -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    awk -v build="$backend" '$1 == build { print "torch==" $2 "\ntorchvision==" $3 }' torch-builds.txt >"$torch"
+  fi
   grep -v '^-c' requirements.txt |
-    $PY -m uv pip install --quiet --python $PY --torch-backend="$backend" --constraints "$pins" -r -
-  rm "$pins"
+    $PY -m uv pip install --quiet --python $PY --torch-backend="$backend" --constraints "$pins" --overrides "$torch" -r -
+  rm "$pins" "$torch"
 fi
 touch .venv/installed

@@ -140,6 +140,21 @@ def set_batch_size(folder: Path | str, device: str) -> None:
     os.replace(part, path)
 
 
+def about_half_precision(config: Config) -> str:
+    """What a GPU does with a model of `config`: what half precision would bring, or what it cost where it is chosen."""
+    if config.runtime != "eager":
+        return f"{config.runtime} computes on the CPU, also where there is a GPU: export with --runtime eager for that"
+    if config.precision == "fp32":
+        return (
+            "fp32: a GPU answers as the CPU does, but for rounding. Half precision moves half the bytes, on a GPU's "
+            "fastest units:\n`python -m deployment.export … --precision fp16 --calibrate DIR` measures on your photos "
+            "what it costs, `python -m benchmark.gpu` how much faster your GPU is"
+        )
+    report = config.accuracy or {}
+    cost = f", {report['drop']:.2f} points lost" if "drop" in report else ""
+    return f"{config.precision}: {report.get('agreement', 0):.2%} of the answers as in fp32{cost}, when it was exported"
+
+
 def find_archive(model_store: Path | str, name: str | None = None) -> tuple[Path, str]:
     """The archive in `model_store` and the name to serve it by: `name`, else its own.
 
@@ -194,12 +209,14 @@ def main() -> None:
     parser.add_argument("--name", default="fastunet", help="name of the model, and so of its route: %(default)s")
     parser.add_argument("--version", default="1.0", help="default: %(default)s")
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="set batchSize for it (default: what the export wrote)"
+        "--device", choices=("cpu", "cuda"), help="set batchSize for it; cuda: say what fp16 would bring"
     )
     args = parser.parse_args()
     try:
         if args.device:
             set_batch_size(args.folder, args.device)
+        if args.device == "cuda":
+            print(about_half_precision(read_config(args.folder)))
         archive = make_archive(args.folder, args.name, args.version)
     except ArchiveError as error:
         print(f"error: {error}", file=sys.stderr)

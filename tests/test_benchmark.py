@@ -350,7 +350,7 @@ def test_replicas_leave_headroom():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_one_line_says_so(capsys):
-    gpu.main()
+    gpu.main([])
     assert capsys.readouterr().out == "no GPU here: nothing measured\n"
 
 

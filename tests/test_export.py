@@ -317,7 +317,7 @@ def test_configuration_holds_what_serving_needs(data, tmp_path):
         "activation": "softmax",
         "classes": CODES,
         "runtime": "eager",
-        "precision": "auto",
+        "precision": "fp32",
     }
     state = torch.load(tmp_path / "fastunet.pth", weights_only=True)
     assert state.keys() == learner.model.state_dict().keys()

@@ -91,7 +91,7 @@ def image(kind, stores, tmp_path_factory) -> dict:
     if not buildah("images", "--quiet", "--filter", f"reference={BASE}"):
         make_base()
     context = tmp_path_factory.mktemp("context")
-    for name in ("Dockerfile", ".dockerignore", "constraints.txt"):
+    for name in ("Dockerfile", ".dockerignore", "constraints.txt", "torch-builds.txt"):
         shutil.copy(ROOT / name, context)
     shutil.copytree(ROOT / "deployment", context / "deployment")
     shutil.copytree(ROOT / "notebook", context / "notebook")  # must not get in

@@ -138,6 +138,18 @@ def test_a_batch_holds_images_of_one_shape():
     assert model.passes == [[0], [10, 30, 11], [20, 21]]
 
 
+def test_a_batch_has_no_more_pixels_than_allowed():
+    model = Watched()  # of images of 6 pixels each
+    assert together(model, ImageQueue(model, batch=4, pixels=20), numbered(0), numbered(10, 4)) == [
+        [0],
+        [10, 11, 12, 13],
+    ]
+    assert model.passes == [[0], [10, 11, 12], [13]]
+    model.passes.clear()
+    assert ImageQueue(model, batch=4, pixels=5)(numbered(0, 2)) == [0, 1]  # too many go alone
+    assert model.passes == [[0], [1]]
+
+
 @pytest.mark.parametrize("bad", [(), (3,), (0, 7), tuple(range(8))])
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_a_failed_batch_is_halved_until_the_image_at_fault_is_alone(batch, bad):
@@ -371,6 +383,15 @@ def test_the_gpu_that_is_given_is_taken(no_gpu, monkeypatch):
     monkeypatch.setenv("REQUIRE_GPU", "1")
     assert choose_device(1) == torch.device("cuda:1")
     assert choose_device(None) == torch.device("cuda:0")  # TorchServe finds no nvidia-smi, PyTorch does find the GPU
+
+
+def test_one_of_several_gpus_is_a_line_in_the_log(no_gpu, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for count, gpu, lines in ((2, 1, 0), (1, None, 0), (2, None, 1)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        choose_device(gpu)
+        assert len(caplog.records) == lines
+    assert "one of 2 GPUs" in caplog.text
 
 
 # --- what resamples an image ---

@@ -73,7 +73,7 @@ def export_learner(
         open: a Python file with `open_image(data: bytes)`, for a learner that opens images itself or whose item
             transforms are its own; it goes with `check`. See "Own opening" in deployment/README.md.
         runtime, precision: what serves the model, see `deployment.runtime.PRECISIONS`, whose first is the default.
-        calibrate, max_drop: as in `deployment.export.convert.convert`; also for fp16 and bf16 on a GPU.
+        calibrate, max_drop: as in `deployment.export.convert.convert`; fp16 and bf16 for a GPU need them too.
         decode: fast: decode large JPEGs at a fraction of their size, for the runtime `openvino`; see `convert`.
         onnx: write `fastunet.onnx` as well, see `deployment.export.onnx_file`.
 

@@ -29,8 +29,8 @@ def main() -> None:
     )
     parser.add_argument("--runtime", default="eager", choices=tuple(PRECISIONS), help="default: %(default)s")
     choices = "; ".join(f"{runtime}: {', '.join(precisions)}" for runtime, precisions in PRECISIONS.items())
-    parser.add_argument("--precision", help=f"{choices} (default: the first; eager's are for GPUs)")
-    parser.add_argument("--calibrate", metavar="DIR", help="images for int8, with CamVid's labels/ to measure accuracy")
+    parser.add_argument("--precision", help=f"{choices} (default: the first; eager's others are for GPUs)")
+    parser.add_argument("--calibrate", metavar="DIR", help="images for int8, fp16, bf16; labels, to measure accuracy")
     parser.add_argument("--max-drop", type=float, default=0.5, help="points of accuracy that may be lost: %(default)s")
     parser.add_argument(
         "--decode", default="exact", choices=("exact", "fast"), help="large JPEGs, for openvino (default: %(default)s)"

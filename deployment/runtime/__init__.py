@@ -13,8 +13,8 @@ from pathlib import Path
 from ..config import Config
 from .queue import ImageQueue
 
-# By runtime, the default first. What is eager's is for a GPU, auto being what answers as fp32 there; a CPU has fp32.
-PRECISIONS = {"eager": ("auto", "fp32", "fp16", "bf16"), "openvino": ("fp32", "bf16", "int8")}
+# By runtime, the default first. Those of eager are for a GPU: a CPU computes in fp32.
+PRECISIONS = {"eager": ("fp32", "fp16", "bf16"), "openvino": ("fp32", "bf16", "int8")}
 
 
 class RuntimeUnavailable(RuntimeError):

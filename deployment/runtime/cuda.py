@@ -1,126 +1,126 @@
-"""The model on a GPU: half precision, memory laid out for it, batches of a few sizes, CUDA graphs. No compiler.
+"""The model on a GPU: batches of a few sizes, CUDA graphs, half precision where it is chosen. No compiler.
 
 A small network keeps a GPU waiting for Python, which starts hundreds of kernels for each batch. A CUDA graph starts
 them all at once, but is made for one size of batch: so batches are padded to the next of `SIZES`.
 """
 
-import copy
+import contextlib
+import dataclasses
+import functools
 import logging
-from collections.abc import Callable
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..photos import Preprocessor
 from .pytorch import ServedModel, warm_up_size
 from .queue import ImageQueue
 
 logger = logging.getLogger(__name__)
 
 SIZES = (1, 2, 4, 8, 16, 32)  # of the batches that are computed
-AGREEMENT = 0.99  # share of the warm-up image that half precision must answer as float32 does
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# What is tried, in this order; float32 is what is left. fp16 rounds less than bf16, and overflows earlier.
-ATTEMPTS = {"auto": ("fp16", "bf16"), "fp16": ("fp16",), "bf16": ("bf16",), "fp32": ()}
+
+# Batches on the CPU of up to as many images as it is made for, to their outputs on the CPU.
+Forward = Callable[[Tensor], Tensor]
 
 
-def load(model: ServedModel, device: torch.device, precision: str = "auto") -> tuple[ImageQueue, str]:
-    """`model`, in float32, behind a queue that gathers batches, on `device`; and its precision.
+def load(model: ServedModel, device: torch.device) -> tuple[ImageQueue, str]:
+    """`model` behind a queue that gathers batches, on `device`; and the precision in which it computes.
+
+    That is the configuration's; where it is bf16 and the GPU has none, it is fp32, and the log says so.
 
     Where the learner resizes its images before the batch, all have one shape: batches are padded then, and on a GPU
-    become CUDA graphs.
+    become CUDA graphs. Images of any size go through the model as they are, as many at a time as one request may have
+    pixels.
 
-    Args:
-        precision: one of `ATTEMPTS`: with auto, fp16 or bf16, whichever answers as float32 does.
+    Raises:
+        torch.OutOfMemoryError: the GPU's memory is too small for the model.
     """
-    shape, fixed = warm_up_size(model.config), model.config.pixels_size is not None
-    torch.backends.cudnn.allow_tf32 = False  # else what is called float32 rounds to 10 bits
+    config, precision = model.config, model.config.precision
+    if precision == "bf16" and not has_bf16(device):
+        logger.warning("%s has no bf16: serving in fp32", torch.cuda.get_device_name(device))
+        precision = "fp32"
+    use_all_of_float32()
+    fixed = config.pixels_size is not None
     torch.backends.cudnn.benchmark = fixed  # the fastest algorithm for each size of batch
-    model = model.to(device)
-    image = warm_up_image(shape)
-    expected = compute(model, image, torch.float32).cpu()
-    for name in ATTEMPTS[precision]:
-        if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            continue
-        half = in_half(model, TYPES[name])
+    model, dtype = placed(model, device, precision), TYPES[precision]
+    passes = prepared_batches(model, device, dtype) if fixed else {}
+
+    def forward(batch: np.ndarray, alone: bool = True) -> np.ndarray:
+        pixels = torch.from_numpy(batch)
         try:
-            share = agreement(expected, compute(half, image, TYPES[name]).cpu())
-        except RuntimeError as error:  # a program of torch.export may insist on float32
-            logger.warning("the network does not run in %s: %s", name, error)
-            continue
-        if share >= AGREEMENT:
-            return queued(half, shape, device, TYPES[name], fixed), name
-        logger.warning("%s agrees with fp32 on %.2f %% of the warm-up image only: not used", name, 100 * share)
-    model.network.to(memory_format=torch.channels_last)
-    return queued(model, shape, device, torch.float32, fixed), "fp32"
+            if not passes:
+                return compute(model, pixels, dtype).cpu().numpy()
+            return passes[padded_size(len(pixels), passes)](pixels).numpy()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            if is_lost(device):
+                end_soon()
+            raise
+
+    at_once = Preprocessor(dataclasses.replace(config, opener=False)).max_pixels
+    images = ImageQueue(forward, batch=max(passes or SIZES), pixels=at_once, free_memory=torch.cuda.empty_cache)
+    return images, precision
 
 
-def in_half(model: ServedModel, dtype: torch.dtype) -> ServedModel:
-    """A copy of `model` whose network computes in `dtype`; what comes before it stays in float32."""
-    half = copy.deepcopy(model)
-    half.network.to(dtype=dtype, memory_format=torch.channels_last)
-    return half
+def has_bf16(device: torch.device) -> bool:
+    """Whether `device` computes in bf16; GPUs before Ampere, such as the T4, only imitate it."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def warm_up_image(shape: tuple[int, int, int]) -> Tensor:
-    """Something like an image, uint8 (1, height, width, channels): areas, edges, and some noise."""
-    height, width, channels = shape
-    random = np.random.default_rng(0)
-    areas = random.integers(0, 256, (max(height // 16, 2), max(width // 16, 2), channels))
-    rows, columns = np.arange(height) * len(areas) // height, np.arange(width) * areas.shape[1] // width
-    image = areas[rows][:, columns] + random.normal(0, 10, (height, width, channels))
-    return torch.from_numpy(image.clip(0, 255).astype(np.uint8))[None]
+def use_all_of_float32() -> None:
+    """Switch TF32 off, which convolutions take by default: what is called float32 rounds to 10 bits then."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def agreement(expected: Tensor, answer: Tensor) -> float:
-    """The share of `answer` that is as in `expected`: equal classes, or numbers that differ by less than 1 %."""
-    if not expected.is_floating_point():
-        return (expected == answer).float().mean().item()
-    return torch.isclose(answer.float(), expected, rtol=0.01, atol=0.01).float().mean().item()
+def placed(model: ServedModel, device: torch.device, precision: str = "fp32") -> ServedModel:
+    """`model` on `device`, its network in `precision` and laid out for a GPU; what comes before it stays in float32."""
+    model = model.to(device)
+    # CUDA multiplies with the reciprocal of a number: 126 of 256 values round otherwise. A tensor it divides by.
+    model.batch_transforms.divisor = torch.tensor(model.batch_transforms.divisor, device=device)
+    model.network.to(dtype=TYPES[precision])
+    if model.config.arch:
+        model.network.to(memory_format=torch.channels_last)
+    return model
 
 
 @torch.inference_mode()
 def compute(model: ServedModel, pixels: Tensor, dtype: torch.dtype) -> Tensor:
     """What `model`, whose network is in `dtype`, makes of `pixels` on its own device; numbers come as float32."""
     device = next(model.network.parameters()).device
-    x = model.batch_transforms(pixels.to(device)).to(dtype, memory_format=torch.channels_last)
-    y = model.decode(model.network(x))
+    x = model.batch_transforms(pixels.to(device))
+    # A program sees memory as it did when it was captured: its views hold for no other layout.
+    x = x.to(dtype, memory_format=torch.channels_last if model.config.arch else torch.contiguous_format)
+    # It may make tensors of its own, in float32: autocast lets them meet weights in half precision.
+    half = dtype != torch.float32
+    with torch.autocast(device.type, dtype, cache_enabled=False) if half else contextlib.nullcontext():
+        logits = model.network(x)
+    y = model.decode(logits)
     return y.float() if y.is_floating_point() else y
 
 
-def queued(
-    model: ServedModel, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype, fixed: bool
-) -> ImageQueue:
-    """`model` behind a queue of images, of which it takes as many at a time as the largest batch holds."""
-    if fixed:
-        passes = prepared_batches(model, shape, device, dtype)
-        largest = max(passes)
-    else:
-        passes, largest = None, SIZES[-1]
-
-    def forward(batch: np.ndarray, alone: bool = True) -> np.ndarray:
-        pixels = torch.from_numpy(batch)
-        if passes is None:
-            return compute(model, pixels, dtype).cpu().numpy()
-        return passes[padded_size(len(pixels), passes)](pixels).numpy()
-
-    return ImageQueue(forward, batch=largest, free_memory=torch.cuda.empty_cache)
-
-
-def prepared_batches(
-    model: ServedModel, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype
-) -> dict[int, Callable[[Tensor], Tensor]]:
+def prepared_batches(model: ServedModel, device: torch.device, dtype: torch.dtype) -> dict[int, Forward]:
     """A function for batches of up to each of `SIZES` that fits into memory.
 
     Raises:
         torch.OutOfMemoryError: none fits.
     """
+    shape, passes = warm_up_size(model.config), {}
     pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-    passes = {}
     for size in reversed(SIZES):  # what the largest graph needs is enough for all
         try:
             pixels = torch.zeros(size, *shape, device=device, dtype=model.pixels_dtype)
-            passes[size] = prepare(model, pixels, dtype, pool)
+            graph = graphed(model, pixels, dtype, pool) if pool else None
+            passes[size] = graph or padded(model, pixels, dtype)
+            pool = pool if graph else None  # what cannot be captured once is not tried again
         except torch.OutOfMemoryError:
             logger.warning("batches of %d images do not fit into the GPU's memory", size)
             torch.cuda.empty_cache()
@@ -134,15 +134,8 @@ def padded_size(n: int, sizes) -> int:
     return min(size for size in sizes if size >= n)
 
 
-def prepare(model: ServedModel, pixels: Tensor, dtype: torch.dtype, pool=None) -> Callable[[Tensor], Tensor]:
-    """`model` on batches of up to len(pixels), padded to that size: as a CUDA graph, where there can be one."""
-    if pixels.is_cuda:
-        try:
-            return graphed(model, pixels, dtype, pool)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # the network does something that cannot be captured
-            logger.warning("no CUDA graph for batches of %d images: %s", len(pixels), error)
+def padded(model: ServedModel, pixels: Tensor, dtype: torch.dtype) -> Forward:
+    """`model` on batches of up to len(pixels), padded to that size; it has run once."""
 
     def forward(batch: Tensor) -> Tensor:
         pixels[: len(batch)] = batch.to(pixels.device)
@@ -153,24 +146,83 @@ def prepare(model: ServedModel, pixels: Tensor, dtype: torch.dtype, pool=None) -
 
 
 @torch.inference_mode()
-def graphed(model: ServedModel, pixels: Tensor, dtype: torch.dtype, pool) -> Callable[[Tensor], Tensor]:
-    """As `prepare`; the graphs share the memory of `pool`, so only one of them may run at a time."""
-    with torch.cuda.device(pixels.device):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+def graphed(model: ServedModel, pixels: Tensor, dtype: torch.dtype, pool: tuple[int, int]) -> Forward | None:
+    """As `padded`, by a CUDA graph; None where the network cannot be captured as one, and the log says why.
+
+    The graphs share the memory of `pool`, so only one of them may run at a time.
+
+    Raises:
+        torch.OutOfMemoryError: the batch does not fit.
+    """
+    device, graph = pixels.device, torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    try:
+        # A capture that fails leaves its stream the current one; this `with` leads back in any case.
+        with torch.cuda.device(device), torch.cuda.stream(stream):
             for _ in range(3):  # what is done only once must not be captured
                 compute(model, pixels, dtype)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            y = compute(model, pixels, dtype)
+            with no_waiting():  # a rehearsal: most of what no graph can hold fails here, where it does no harm
+                compute(model, pixels, dtype)
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                y = compute(model, pixels, dtype)
+    except RuntimeError as error:
+        close_pool(device, pool)
+        cause = error.__context__ or error  # the end of a capture fails for whatever failed within it
+        if isinstance(cause, torch.OutOfMemoryError):
+            raise cause from None
+        reason = str(cause).partition("\n")[0]
+        logger.warning("no CUDA graphs for batches of up to %d images: %s", len(pixels), reason)
+        return None
+    torch.cuda.current_stream(device).wait_stream(stream)
 
     @torch.inference_mode()
     def forward(batch: Tensor) -> Tensor:
-        pixels[: len(batch)] = batch.to(pixels.device)
-        with torch.cuda.device(pixels.device):
+        with torch.cuda.device(device):
+            pixels[: len(batch)] = batch.to(device)
             graph.replay()
-        return y[: len(batch)].cpu()
+            return y[: len(batch)].cpu()
 
     return forward
+
+
+@contextlib.contextmanager
+def no_waiting() -> Iterator[None]:
+    """Within it, whatever waits for a GPU raises RuntimeError, in every thread."""
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it calls itself a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+def close_pool(device: torch.device, pool: tuple[int, int]) -> None:
+    """End the capture into `pool` that failed, as far as the allocator knows of it.
+
+    Before PyTorch 2.13 it believes for ever that the capture goes on, and gives no memory back (pull request 180395).
+    """
+    with contextlib.suppress(RuntimeError):  # as it should be: it knows of none
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+
+
+def is_lost(device: torch.device) -> bool:
+    """Whether `device` has failed for good: after an illegal access every call fails until the process ends."""
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
+@functools.cache
+def end_soon() -> None:
+    """End this process in a second, with status 1. What waits for an answer still gets it: an error.
+
+    Only a new process can use the GPU again. TorchServe starts a worker anew that ends, Kubernetes and the clouds a
+    container; a health check finds nobody until then.
+    """
+    logger.critical("the GPU has failed for good: this process ends, to be started anew")
+    threading.Timer(1, os._exit, (1,)).start()

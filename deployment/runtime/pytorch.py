@@ -44,7 +44,7 @@ def load_pytorch(config: Config, folder: Path | str, gpu: int | None = None, thr
         from . import cuda
 
         model = ServedModel(config, folder, exact=precision == "fp32", device=device)
-        images, precision = cuda.load(model, device, precision)
+        images, precision = cuda.load(model, device)
     else:
         images, precision = eager(config, folder), "fp32"
     (output,) = images([np.zeros(warm_up_size(config), config.dtype)])
@@ -73,7 +73,8 @@ def warm_up_size(config: Config) -> tuple[int, int, int]:
 def choose_device(gpu: int | None = None) -> torch.device:
     """The GPU of that index (None: the first), else the CPU; -1 is the CPU.
 
-    The log says so where an NVIDIA driver is there and PyTorch finds no GPU.
+    The log says so where one of several GPUs is used because nobody chose, and where an NVIDIA driver is there and
+    PyTorch finds no GPU.
 
     Raises:
         RuntimeUnavailable: there is no usable GPU, and the environment variable REQUIRE_GPU is 1.
@@ -81,6 +82,8 @@ def choose_device(gpu: int | None = None) -> torch.device:
     if gpu == -1:
         return torch.device("cpu")
     if torch.cuda.is_available():
+        if gpu is None and (n := torch.cuda.device_count()) > 1:
+            logger.warning("one of %d GPUs is used: TorchServe has a worker for each, uvicorn none", n)
         return torch.device(f"cuda:{gpu or 0}")
     if os.environ.get("REQUIRE_GPU") == "1":
         raise RuntimeUnavailable(f"REQUIRE_GPU=1, but PyTorch {torch.__version__} finds no GPU it can use")
@@ -233,8 +236,13 @@ def resample_affine(
     theta = torch.eye(2, 3, dtype=x.dtype, device=x.device).expand(len(x), 2, 3)
     grid = F.affine_grid(theta, [*x.shape[:2], *(size or x.shape[-2:])], align_corners=align_corners)
     if mode == "bilinear":
-        # Of corners that are aligned the grid reaches from -1 to 1: known without waiting for a GPU.
-        zoom = 1.0 if align_corners and max(grid.shape[1:3]) > 1 else 1 / (grid.max() - grid.min()).item() * 2
+        sides = max(grid.shape[1:3])
+        if align_corners and sides > 1:  # the grid reaches from -1 to 1
+            zoom = 1.0
+        elif grid.device.type != "cpu" and sides > 1:  # the same but for its last bit, without waiting for the GPU
+            zoom = sides / (sides - 1)
+        else:
+            zoom = 1 / (grid.max() - grid.min()).item() * 2
         shrink = shrink_factor(x.shape[-2:], grid.shape[1:3])
         if shrink > 1 and shrink > zoom:
             x = F.interpolate(x, scale_factor=1 / shrink, mode="area", recompute_scale_factor=True)

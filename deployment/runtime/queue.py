@@ -39,6 +39,7 @@ class ImageQueue:
         compute: the model.
         at_once: batches that it computes side by side.
         batch: images in a batch, at most.
+        pixels: in a batch, at most; an image of more goes alone. None: there is no limit.
         free_memory: called after memory ran out.
     """
 
@@ -47,9 +48,11 @@ class ImageQueue:
         compute: Compute,
         at_once: int = 1,
         batch: int = 1,
+        pixels: int | None = None,
         free_memory: Callable[[], object] = lambda: None,
     ):
-        self.compute, self.at_once, self.batch, self.free_memory = compute, at_once, batch, free_memory
+        self.compute, self.at_once, self.free_memory = compute, at_once, free_memory
+        self.batch, self.pixels = batch, pixels
         self.requests: deque[deque[Waiting]] = deque()  # each with the images that nobody computes yet
         self.computing = 0  # batches
         self.changed = threading.Condition()
@@ -89,7 +92,8 @@ class ImageQueue:
                 self.changed.wait()
             items = [self.next_image()]
             shape = items[0].image.shape
-            while len(items) < self.batch and self.requests and self.requests[0][0].image.shape == shape:
+            most = self.batch if self.pixels is None else min(self.batch, self.pixels // (shape[0] * shape[1]))
+            while len(items) < most and self.requests and self.requests[0][0].image.shape == shape:
                 items.append(self.next_image())
             alone = not self.requests and self.computing == 0 and len(own) == 1
             self.computing += 1

@@ -54,7 +54,8 @@ class Application:
         self.paths = [f"{self.path}{rest}" for rest in ("", "/", f"/{version}", f"/{version}/")]  # as TorchServe has it
         self.description = yaml.safe_load((HERE / "openapi.yaml").read_text().replace("NAME", name))
         self.requests = 0  # that are here now
-        self.turns = anyio.CapacityLimiter(2 * cores())  # while images are in the model, others are read and drawn
+        # While images are in the model, others are read and drawn. A GPU's batch is gathered from those that wait.
+        self.turns = anyio.CapacityLimiter(cores() + max(cores(), handler.model.batch))
 
     def starlette(self) -> Starlette:
         """The ASGI application."""
@@ -189,7 +190,7 @@ def serve_archive(archive: Path, name: str, public: socket.socket, metrics_port:
     handler = Handler()
     with tempfile.TemporaryDirectory(prefix="model-") as folder, zipfile.ZipFile(archive) as content:
         content.extractall(folder)
-        handler.load(folder, gpu=0, threads=None if os.environ.get("OMP_NUM_THREADS") else cores())
+        handler.load(folder, threads=None if os.environ.get("OMP_NUM_THREADS") else cores())
         version = version_of(folder)
     prometheus_client.start_http_server(metrics_port, "127.0.0.1")
     config = uvicorn.Config(
