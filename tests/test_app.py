@@ -6,8 +6,10 @@ import contextlib
 import dataclasses
 import functools
 import http.client
+import http.server
 import json
 import socket
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -190,7 +192,9 @@ def test_an_answer_that_is_not_taken_ends_the_connection(url, handler, monkeypat
     head = f"POST {PREDICT} HTTP/1.1\r\nHost: a\r\nContent-Length: {len(PHOTO)}\r\n\r\n"
     with slow_request(url, head) as deaf:
         deaf.sendall(PHOTO)
-        time.sleep(1.5)
+        wait_for(lambda: connection.Connection.unsent > 10_000_000)
+        assert forms.Bodies(0).has_room(0) and not forms.Bodies(0).has_room(30_000_000)
+        wait_for(lambda: connection.Connection.unsent == 0)
         received = 0
         with contextlib.suppress(ConnectionError):
             while data := deaf.recv(2**20):
@@ -402,6 +406,59 @@ def test_the_routes_that_a_service_names_are_answered_too(handler, monkeypatch):
     monkeypatch.setenv("AIP_PREDICT_ROUTE", "no path {x}")
     with TestClient(app.application(handler, "small")) as client:
         assert client.post(PREDICT, content=PHOTO).status_code == 200
+
+
+# --- traces ---
+
+
+class Collector(http.server.BaseHTTPRequestHandler):
+    """An OTLP receiver: `received` has the bodies that were sent to /v1/traces."""
+
+    received: list[bytes] = []
+
+    def do_POST(self):
+        assert self.path == "/v1/traces"
+        self.received.append(self.rfile.read(int(self.headers["content-length"])))
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+def test_spans_of_the_three_steps_go_to_a_collector(handler, monkeypatch):
+    pytest.importorskip("opentelemetry.sdk")
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    collector = http.server.HTTPServer(("127.0.0.1", 0), Collector)
+    threading.Thread(target=collector.serve_forever, daemon=True).start()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.server_port}")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    server = app.Application(handler, "small")
+    trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    with TestClient(server.starlette()) as client:
+        client.post(PREDICT, content=PHOTO, headers={"traceparent": f"00-{trace}-{parent}-01"})
+    server.tracer.span_processor.force_flush()
+    collector.shutdown()
+    collector.server_close()
+    exported = ExportTraceServiceRequest.FromString(Collector.received[-1])
+    spans = [s for r in exported.resource_spans for scope in r.scope_spans for s in scope.spans]
+    steps, [request] = [s for s in spans if s.name != "predict small"], [s for s in spans if s.name == "predict small"]
+    assert [s.name for s in steps] == ["preprocess", "inference", "postprocess"]
+    assert {s.trace_id.hex() for s in spans} == {trace} and request.parent_span_id.hex() == parent
+    assert {s.parent_span_id for s in steps} == {request.span_id}
+    edges = [edge for s in steps for edge in (s.start_time_unix_nano, s.end_time_unix_nano)]
+    assert edges == sorted(edges) and request.start_time_unix_nano <= edges[0]
+    assert edges[-1] <= request.end_time_unix_nano + 1e6
+
+
+def test_there_are_no_traces_where_nobody_collects_them(handler, monkeypatch, caplog):
+    monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
+    assert app.Application(handler, "small").tracer is None and not caplog.records
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)  # not installed
+    assert app.Application(handler, "small").tracer is None
+    assert "pip install opentelemetry-sdk" in caplog.text
 
 
 # --- the description ---

@@ -36,7 +36,7 @@ from starlette.routing import Route
 from ..handler import Handler
 from ..protocol import Rejected, busy, reasons, rejection
 from ..runtime import cores, memory_limit
-from . import metrics
+from . import metrics, tracing
 from .connection import Connection, allow_files
 from .forms import Bodies, read_fields, read_query, twice
 from .processes import own_route
@@ -59,6 +59,7 @@ class Application:
         self.paths = [f"{self.path}{rest}" for rest in ("", "/", f"/{version}", f"/{version}/")]  # as TorchServe has it
         written = (HERE / "openapi.yaml").read_text(encoding="utf-8")
         self.description = yaml.safe_load(written.replace("NAME", name))
+        self.tracer = tracing.make_tracer()
         self.end: Callable[[], object] = lambda: None  # the process, so that another can be started
         self.arriving = self.requests = 0  # requests whose bodies are read, and those that wait or are computed
         self.bodies = Bodies(memory_limit() // 8)
@@ -74,7 +75,7 @@ class Application:
         routes += [Route(path, self.predict, methods=["POST", "PUT"]) for path in paths]
         routes.append(Route("/", self.page))
         routes.append(Route("/openapi.json", self.openapi))
-        routes.append(Route("/ping", self.ping))
+        routes += [Route(path, self.ping) for path in ("/ping", "/ping/")]
         return Starlette(routes=routes, exception_handlers={HTTPException: self.no_route})
 
     async def predict(self, request: Request) -> Response:
@@ -130,9 +131,10 @@ class Application:
         """What `answer` says, in a thread, once one of the turns is free.
 
         Raises:
-            Rejected: 503 where that takes longer than WAIT_SECONDS.
+            Rejected: 503 where that takes longer than WAIT_SECONDS, or too many answers wait for their clients.
             starlette.requests.ClientDisconnect: nobody waits for the answer any more.
         """
+        await self.bodies.wait_for_room(0)  # answers that nobody takes would become more with each request
         turns = self.long_turns if body.count(b'"b64"') > 1 else self.turns
         waits = turns.available_tokens == 0
         with anyio.move_on_after(WAIT_SECONDS):  # ends the wait alone: what a thread has begun is awaited
@@ -152,6 +154,8 @@ class Application:
         job = self.handler.read(fields | options, request.headers.get("accept", ""))
         [made], seconds, photos = self.handler.answer([job], began)
         metrics.observe_answer(self.name, seconds, photos)
+        if self.tracer:
+            tracing.record(self.tracer, self.name, request.headers, made.status, began, seconds)
         response = Response(made.body, made.status, made.headers, media_type=made.content_type)
         return response, [item.error for item in job.items if item.error]
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from typing import ClassVar
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -12,8 +13,13 @@ ANSWER_BYTES = 100_000
 
 
 class Connection(H11Protocol):
-    """Closed where headers do not arrive in time, or where an answer is not taken."""
+    """Closed where headers do not arrive in time, or where an answer is not taken.
 
+    `unsent` bytes of answers wait for clients, on all connections together.
+    """
+
+    unsent: ClassVar[int] = 0
+    own_unsent = 0
     arrival: asyncio.TimerHandle | None = None  # runs while headers are to come
     leaving: asyncio.TimerHandle | None = None  # runs while an answer waits for the client
 
@@ -30,23 +36,31 @@ class Connection(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self.leaving = self.loop.call_later(ANSWER_SECONDS, self.check, self.transport.get_write_buffer_size())
+        self.count_unsent(self.transport.get_write_buffer_size())
+        self.leaving = self.loop.call_later(ANSWER_SECONDS, self.check)
 
-    def check(self, before: int) -> None:
-        """Close the connection if the client has hardly taken anything of the `before` bytes that waited for it."""
-        waiting = self.transport.get_write_buffer_size()
-        if waiting > before - ANSWER_BYTES:
+    def check(self) -> None:
+        """Close the connection if the client has hardly taken anything of what waits for it."""
+        before, after = self.own_unsent, self.transport.get_write_buffer_size()
+        if after > before - ANSWER_BYTES:
             self.transport.abort()
         else:
-            self.leaving = self.loop.call_later(ANSWER_SECONDS, self.check, waiting)
+            self.count_unsent(after)
+            self.leaving = self.loop.call_later(ANSWER_SECONDS, self.check)
 
     def resume_writing(self) -> None:
         self.leaving = cancel(self.leaving)
+        self.count_unsent(0)
         super().resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.arrival, self.leaving = cancel(self.arrival), cancel(self.leaving)
+        self.count_unsent(0)
         super().connection_lost(exc)
+
+    def count_unsent(self, size: int) -> None:
+        Connection.unsent += size - self.own_unsent
+        self.own_unsent = size
 
 
 def cancel(timer: asyncio.TimerHandle | None) -> None:

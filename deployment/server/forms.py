@@ -10,6 +10,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
 from ..protocol import OPTIONS, Rejected, bad_request, busy, too_large
+from .connection import Connection
 
 MAX_BYTES = 20 * 2**20  # of a request, as config.properties has it for TorchServe
 MAX_FIELDS = 16  # of a form; four have a meaning
@@ -20,10 +21,14 @@ ROOM_SECONDS = 20  # that a request may wait until there is memory for it
 
 
 class Bodies:
-    """The bodies of all requests that are here, which together have at most `limit` bytes; `used` are taken."""
+    """The bodies of all requests that are here, and the answers that wait for their clients: at most `limit` bytes."""
 
     def __init__(self, limit: int):
         self.limit, self.used = max(limit, 2 * MAX_BYTES), 0
+
+    def has_room(self, size: int) -> bool:
+        """Whether a body may have `size` bytes more."""
+        return self.used + Connection.unsent + size <= self.limit
 
     @contextlib.asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[bytes]:
@@ -52,7 +57,7 @@ class Bodies:
             async for chunk in request.stream():
                 if len(body) + len(chunk) > MAX_BYTES:
                     raise too_large(f"more than {MAX_BYTES} bytes")
-                if self.used + len(chunk) > self.limit:
+                if not self.has_room(len(chunk)):
                     arrival.deadline = float("inf")  # this wait is not the client's fault
                     began += await self.wait_for_room(len(chunk))
                 self.used += len(chunk)
@@ -65,7 +70,7 @@ class Bodies:
     async def wait_for_room(self, size: int) -> float:
         """Wait until `size` bytes fit; the seconds that it took. Raises Rejected, 503, after ROOM_SECONDS."""
         began = anyio.current_time()
-        while self.used + size > self.limit:
+        while not self.has_room(size):
             if anyio.current_time() > began + ROOM_SECONDS:
                 raise busy()
             await anyio.sleep(0.02)

@@ -10,10 +10,10 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
 
 # Its input ends with the process that started it, however that ended: then the process group $1 has ten seconds to end.
 GUARD = """
@@ -96,13 +96,27 @@ def stop(server: subprocess.Popen) -> None:
         os.killpg(server.pid, signal.SIGKILL)
 
 
-def pass_on(output: IO[bytes], said: deque[str]) -> None:
-    """Print `output` as it comes, and keep its last lines in `said`."""
-    for line in output:
-        said.append(line.decode(errors="replace"))
-        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more; TorchServe must not wait for that
-            sys.stdout.buffer.write(line)
-            sys.stdout.buffer.flush()
+@contextlib.contextmanager
+def printed() -> Iterator[tuple[int, deque[str]]]:
+    """A file for the output of children, which is printed as it comes, and the last lines of it."""
+    reading, writing = os.pipe()
+    said = deque(maxlen=1000)
+
+    def pass_on() -> None:
+        with open(reading, "rb") as output:
+            for line in output:
+                said.append(line.decode(errors="replace"))
+                with contextlib.suppress(OSError, ValueError):  # nobody reads it any more, and children must not wait
+                    sys.stdout.buffer.write(line)
+                    sys.stdout.buffer.flush()
+
+    printer = threading.Thread(target=pass_on, daemon=True)
+    printer.start()
+    try:
+        yield writing, said
+    finally:
+        os.close(writing)
+        printer.join(5)
 
 
 def last_error(said: Iterable[str]) -> str:

@@ -18,13 +18,12 @@ import threading
 import time
 import urllib.parse
 import urllib.request
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..archive import find_archive, runtime_of
 from ..runtime import cores, gpus
-from .processes import free_ports, last_error, pass_on, reserve_port, started
+from .processes import free_ports, last_error, printed, reserve_port, started
 
 # What is honored of the variables that TorchServe reads. Every other setting is in config.properties or an option of
 # `python -m deployment.serve`; left in a shell or an image, such a variable could open an address or an API.
@@ -257,13 +256,10 @@ def run(argv: list[str], env: dict[str, str], management_port: int, folder: Path
         RuntimeError: its workers cannot load the model; the message says why. TorchServe alone would try for ever, and
             say that it is healthy.
     """
-    stopping, said, seen, ready = threading.Event(), deque(maxlen=1000), set(), False
+    stopping, seen, ready = threading.Event(), set(), False
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with started(argv, env, cwd=folder, **streams) as server:
-        printer = threading.Thread(target=pass_on, args=(server.stdout, said), daemon=True)
-        printer.start()
+    with printed() as (output, said), started(argv, env, cwd=folder, stdout=output, stderr=output) as server:
         while server.poll() is None and not stopping.wait(0.5):
             if not ready and (workers := workers_of(management_port, folder, name)):
                 ready = any(worker["status"] == "READY" for worker in workers)
@@ -271,7 +267,6 @@ def run(argv: list[str], env: dict[str, str], management_port: int, folder: Path
                 if not ready and len(seen) > LOAD_ATTEMPTS * len(workers):
                     raise RuntimeError(f"the model cannot be loaded: {last_error(said)}")
         if not stopping.is_set():
-            printer.join(5)
             return server.returncode
         drain(management_port, folder, name)
     return 0
