@@ -34,6 +34,7 @@ CAMVID_COLORS = {
     "vegetationmisc": (192, 192, 0), "void": (0, 0, 0), "wall": (64, 192, 0),
 }  # fmt: skip
 MAX_JPEG_SIDE = 65500  # pixels
+STRIP_ROWS = 512  # of an overlay that are drawn at a time
 
 
 def make_answer(
@@ -58,7 +59,7 @@ def make_answer(
     if config.task == "segmentation":
         mask = output if request.size == "model" else preprocessor.to_image_size(output, size)
         return segmentation_answer(mask, config.classes, request.format, image)
-    if request.format != "json":
+    if request.format != "json" and not request.or_json:
         raise bad_request(f"a model for {config.task} answers in JSON alone: leave out `format` and ask for no image")
     if not np.isfinite(output).all():
         raise ValueError("the model's output is not a finite number")
@@ -140,16 +141,23 @@ def mask_image(mask: np.ndarray, classes: list[str]) -> Image.Image:
 def overlay(image: Image.Image, mask: np.ndarray, classes: list[str]) -> Image.Image:
     """`image`, brought to the size of `mask` (uint8, height × width), with the mask's colors half transparent on it.
 
+    An RGB image of that size is itself drawn on: a copy of the largest one has 200 MB.
+
     Raises:
         Rejected: 400 for a size that no JPEG can have.
     """
     size = mask.shape[::-1]
     if max(size) > MAX_JPEG_SIDE:
         raise bad_request("no JPEG can be as wide or high as this photo: ask for size=model or format=png")
-    image = image.convert("RGB")
+    if image.mode != "RGB":
+        image = image.convert("RGB")
     if image.size != size:
         image = image.resize(size, Image.Resampling.BILINEAR)
-    return Image.blend(image, mask_image(mask, classes).convert("RGB"), 0.5)
+    for top in range(0, image.height, STRIP_ROWS):
+        colors = mask_image(mask[top : top + STRIP_ROWS], classes).convert("RGB")
+        strip = image.crop((0, top, image.width, top + colors.height))
+        image.paste(Image.blend(strip, colors, 0.5), (0, top))
+    return image
 
 
 def encode(image: Image.Image, format: str) -> bytes:

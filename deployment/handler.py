@@ -5,14 +5,16 @@
 image of a request, succeeds or fails alone, whichever step fails.
 """
 
+import contextlib
 import importlib.util
+import itertools
 import logging
 import os
 import sys
-import threading
 import time
 import types
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,11 +29,12 @@ if not __package__:  # TorchServe imports this file by itself: the folder around
 
 from . import answers, protocol, runtime
 from .config import read_config
-from .photos import PixelBudget, Preprocessor, size_of, to_array, viewable
+from .photos import ANSWER_BYTES, CLIPPED, MemoryBudget, Preprocessor, clips, size_of, to_array, viewable
 
 logger = logging.getLogger(__name__)
 
-REQUESTS_AT_ONCE = 2  # of the largest kind, whose pixels one process decodes at one time; others wait
+MOST_FAILURES = 5  # requests in a row that the model fails, after which it is asked for a blank image
+LEAST_MEMORY = 128 * 2**20  # for images, in bytes: enough for one of 12 megapixels, however little there is
 
 
 @dataclass
@@ -42,8 +45,10 @@ class Item:
     header: Image.Image | None = None  # the file opened, not decoded yet
     size: tuple[int, int] = (0, 0)  # width and height as sent
     counted: int = 0  # pixels that it counts for
+    memory: int = 0  # bytes that its pixels take at most, until they are resized, or until the answer is drawn
     pixels: np.ndarray | None = None  # (height, width, channels), as the model takes it
     shown: Image.Image | None = None  # what an overlay is drawn on
+    warning: str = ""  # what its own answer does not tell
     output: np.ndarray | None = None  # of the model: see runtime.load
     answer: dict | None = None
     error: protocol.Rejected | None = None
@@ -55,23 +60,42 @@ class Job:
 
     request: protocol.Request
     items: list[Item]
+    has_room: bool = False  # all its images have their place in the memory: see Handler.room
+
+    @property
+    def kept(self) -> int:
+        """The bytes that its images take until the answer is drawn: it is drawn at their own size."""
+        return sum(item.memory for item in self.items) if self.request.size == "original" else 0
+
+    @property
+    def largest(self) -> int:
+        """The bytes that one of its images takes, at most, beside what is kept."""
+        return 0 if self.kept else max(item.memory for item in self.items)
 
 
 class Handler:
-    """One instance per worker."""
+    """One instance per worker. It is `broken` where the model fails on every image, as on a GPU with a fault."""
+
+    broken = False
+    failures = 0  # requests in a row, by faults of our own
 
     def initialize(self, context) -> None:
         """Load the model in the archive, on the GPU that TorchServe gives this worker, and warm it up."""
         properties = context.system_properties
-        self.load(properties["model_dir"], properties.get("gpu_id"))
+        workers = int(os.environ.get("TS_DEFAULT_WORKERS_PER_MODEL") or 1)
+        self.load(properties["model_dir"], properties.get("gpu_id"), share=0.75 / workers)  # Java has the rest
 
-    def load(self, folder: Path | str, gpu: int | None = None, threads: int | None = None) -> None:
-        """Load the model in `folder`, which holds what the export wrote; `gpu` and `threads` as in `runtime.load`."""
+    def load(self, folder: Path | str, gpu: int | None = None, threads: int | None = None, share: float = 1.0) -> None:
+        """Load the model in `folder`, which holds what the export wrote; `gpu` and `threads` as in `runtime.load`.
+
+        Of the memory there is, this process may use the `share`; an eighth of that is for requests not yet read.
+        """
         self.config = read_config(folder)
         self.preprocessor = Preprocessor(self.config, folder)
-        self.budget = PixelBudget(REQUESTS_AT_ONCE * self.preprocessor.max_pixels)
-        self.threads = started_threads(threads or int(os.environ.get("OMP_NUM_THREADS") or runtime.cores()))
+        self.threads = runtime.started_threads(threads or int(os.environ.get("OMP_NUM_THREADS") or runtime.cores()))
         self.model = runtime.load(self.config, folder, gpu, threads)
+        memory = int(share * runtime.memory_limit() * 7 / 8) - runtime.memory_used()
+        self.budget = MemoryBudget(max(memory, LEAST_MEMORY))
 
     def preprocess(self, fields: dict, accept: str = "") -> Job:
         """The request in `fields`, the body or the fields of a form, and its images as pixels."""
@@ -79,10 +103,15 @@ class Handler:
         self.decode([job])
         return job
 
-    def read(self, fields: dict, accept: str) -> Job:
-        """The request, and of its images the headers: their pixels together have a limit."""
+    def read(self, fields: dict, accept: str, form_length: int = 0) -> Job:
+        """The request, and of its images the headers: their pixels together have a limit.
+
+        `form_length` has a form as it was sent, in bytes, where the server may have dropped fields of it.
+        """
         try:
-            request = protocol.read_request(fields, accept)
+            protocol.check_complete(fields, form_length)
+            with self.budget.hold(protocol.memory_to_read(fields)):
+                request = protocol.read_request(fields, accept)
         except Exception as error:
             return Job(protocol.Request([]), [Item(error=protocol.rejection(error))])
         job = Job(request, [Item() for _ in request.instances])
@@ -95,7 +124,11 @@ class Handler:
                     total -= item.counted
                     raise protocol.too_large(f"photos of one request: over {self.preprocessor.max_pixels} pixels")
             except Exception as error:
-                item.error = protocol.rejection(error)
+                item.error, item.data, item.header, item.memory = protocol.rejection(error), b"", None, 0
+        request.instances.clear()  # the files are in the items
+        if job.kept:
+            for item in job.items:
+                item.memory = max(item.memory, item.counted * ANSWER_BYTES)
         return job
 
     def identify(self, item: Item, instance) -> None:
@@ -105,21 +138,44 @@ class Handler:
             item.header = self.preprocessor.identify(item.data)
             item.size = item.header.size
             item.counted = self.preprocessor.counted_pixels(item.size)
+            item.memory = self.preprocessor.memory(item.header)
+
+    @contextlib.contextmanager
+    def room(self, jobs: list[Job]) -> Iterator[None]:
+        """The memory that images of `jobs` take until their answers are drawn. Others take theirs in `decode`.
+
+        Raises:
+            Rejected: as `MemoryBudget.hold`.
+        """
+        with self.budget.hold(sum(job.kept for job in jobs)):
+            for job in jobs:
+                job.has_room = bool(job.kept)
+            yield
 
     def decode(self, jobs: list[Job]) -> None:
         """The pixels of images. Several are decoded at a time: Pillow lets other threads run."""
-        todo = [(item, job.request) for job in jobs for item in job.items if not item.error]
-        if len(todo) == 1:
-            self.decode_item(*todo[0])
-        else:
-            list(self.threads.map(lambda pair: self.decode_item(*pair), todo))
+        todo = deque((item, job) for job in jobs for item in job.items if not item.error)
 
-    def decode_item(self, item: Item, request: protocol.Request) -> None:
+        def work() -> None:
+            with contextlib.suppress(IndexError):  # nothing is left to do
+                while True:
+                    self.decode_item(*todo.popleft())
+
+        # This thread decodes in any case, so that no request waits until the threads are through with another's images.
+        helpers = [self.threads.submit(work) for _ in range(len(todo) - 1)]
+        work()
+        for helper in helpers:
+            if not helper.cancel():
+                helper.result()
+
+    def decode_item(self, item: Item, job: Job) -> None:
+        request = job.request
         try:
-            with self.budget.hold(item.counted):
+            with self.budget.hold(0 if job.has_room else item.memory):
                 drawn_on = request.format == "overlay" and request.size == "original"
                 if item.header:
                     image = self.preprocessor.decode(item.header, whole=drawn_on)
+                    item.warning = CLIPPED if clips(item.header) else ""
                 else:
                     image = self.preprocessor.open(item.data)
                     item.size = size_of(image)
@@ -139,6 +195,18 @@ class Handler:
                 item.error = self.inference_error(output, item.pixels)
             else:
                 item.output = output
+        faults = [output for output in outputs if isinstance(output, Exception) and not protocol.out_of_memory(output)]
+        self.watch_model(len(faults), len(outputs))
+
+    def watch_model(self, faults: int, images: int) -> None:
+        """Count requests that the model failed. A client's image may be what it fails on: a blank one decides."""
+        if faults < images:
+            self.failures, self.broken = 0, False
+        elif images:
+            self.failures += 1
+            if self.failures >= MOST_FAILURES:
+                self.failures, blank = 0, np.zeros((*self.config.img_size, self.config.channels), self.config.dtype)
+                self.broken = not self.takes(blank)
 
     def inference_error(self, failure: Exception, pixels: np.ndarray) -> protocol.Rejected:
         """Whose fault it is that an image got no output: its own if the model takes others, but none of its size."""
@@ -162,7 +230,10 @@ class Handler:
             except Exception as error:
                 item.error = protocol.rejection(error)
         try:
-            return protocol.respond(job.request, [item.error or item.answer for item in job.items])
+            response = protocol.respond(job.request, [item.error or item.answer for item in job.items])
+            if warnings := {item.warning for item in job.items if item.warning}:
+                response.headers["Warning"] = f'199 - "{", ".join(warnings)}"'
+            return response
         except Exception as error:
             job.items = [Item(error=protocol.rejection(error))]
             return protocol.respond(protocol.Request([]), [job.items[0].error])
@@ -170,33 +241,63 @@ class Handler:
     def make_answer(self, item: Item, request: protocol.Request) -> dict:
         return answers.make_answer(item.output, self.preprocessor, request, item.size, item.shown)
 
+    def answer(self, jobs: list[Job], began: float) -> tuple[list[protocol.Response], list[float], int]:
+        """The answers to `jobs`, the seconds that each step took since `began`, and how many images were computed."""
+        times = [began]
+        try:
+            with self.room(jobs):
+                self.decode(jobs)
+                times.append(time.perf_counter())
+                items = [item for job in jobs for item in job.items if not item.error]
+                self.inference(items)
+                times.append(time.perf_counter())
+                responses = [self.postprocess(job) for job in jobs]
+                times.append(time.perf_counter())
+        except protocol.Rejected as error:  # there was no room
+            for job in jobs:
+                job.items = [Item(error=error)]
+            return [protocol.respond(protocol.Request([]), [error]) for _ in jobs], [0.0, 0.0, 0.0], 0
+        return responses, [after - before for before, after in itertools.pairwise(times)], len(items)
+
+    def groups(self, jobs: list[Job]) -> list[list[Job]]:
+        """`jobs` in their order, in groups whose images fit into the memory together: most often one."""
+        groups, kept, largest = [[]], 0, 0
+        for job in jobs:
+            kept, largest = kept + job.kept, max(largest, job.largest)
+            if groups[-1] and kept + largest > self.budget.limit:
+                groups.append([])
+                kept, largest = job.kept, job.largest
+            groups[-1].append(job)
+        return groups
+
     def handle(self, requests: list[dict], context) -> list[bytes]:
         """A dynamic batch of requests in, as many answers out; the time of each step goes into the metrics."""
+        if self.broken:
+            logger.critical("the model fails on every image: this worker ends, and TorchServe starts another")
+            sys.exit(1)
         began = time.perf_counter()
-        jobs = [self.read(fields, header(context, i, "accept")) for i, fields in enumerate(requests)]
-        self.decode(jobs)
-        decoded = time.perf_counter()
-        items = [item for job in jobs for item in job.items if not item.error]
-        self.inference(items)
-        computed = time.perf_counter()
-        responses = [self.postprocess(job) for job in jobs]
-        observe(context, "preprocess_seconds", decoded - began)
-        observe(context, "inference_seconds", computed - decoded)
-        observe(context, "postprocess_seconds", time.perf_counter() - computed)
+        jobs = [
+            self.read(fields, header(context, i, "accept"), form_length(context, i))
+            for i, fields in enumerate(requests)
+        ]
+        seconds, photos, responses = [0.0, 0.0, 0.0], 0, []
+        for group in self.groups(jobs):
+            made, taken, count = self.answer(group, began)
+            responses += made
+            photos += count
+            seconds = [total + more for total, more in zip(seconds, taken, strict=True)]
+            began = time.perf_counter()
+        for step, value in zip(("preprocess", "inference", "postprocess"), seconds, strict=True):
+            observe(context, f"{step}_seconds", value)
         observe(context, "batch_requests", len(requests))
-        observe(context, "batch_photos", len(items))
+        observe(context, "batch_photos", photos)
         for i, (job, response) in enumerate(zip(jobs, responses, strict=True)):
             context.set_response_status(response.status.value, response.status.phrase, i)
             context.set_response_content_type(i, response.content_type)
+            for name, value in response.headers.items():
+                context.set_response_header(i, name, value)
             log_errors(context, i, response, [item.error for item in job.items if item.error])
         return [response.body for response in responses]
-
-
-def started_threads(n: int) -> ThreadPoolExecutor:
-    """A pool whose `n` threads have started: one that starts where memory is short would fail a whole batch."""
-    threads, all_there = ThreadPoolExecutor(n), threading.Barrier(n)
-    list(threads.map(lambda _: all_there.wait(), range(n)))
-    return threads
 
 
 def header(context, i: int, name: str) -> str:
@@ -204,6 +305,13 @@ def header(context, i: int, name: str) -> str:
     headers = {key.lower(): value for key, value in context.get_all_request_header(i).items()}
     value = headers.get(name)
     return value if isinstance(value, str) else ""
+
+
+def form_length(context, i: int) -> int:
+    """The bytes of request `i`, if it is a form and says so; else 0."""
+    length = header(context, i, "content-length")
+    is_form = header(context, i, "content-type").lower().startswith("multipart/")
+    return int(length) if is_form and length.isdigit() else 0
 
 
 def observe(context, name: str, value: float) -> None:

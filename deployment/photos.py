@@ -8,7 +8,9 @@ import contextlib
 import importlib.util
 import io
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
+from http import HTTPStatus
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +18,18 @@ from PIL import Image
 
 from .config import Config
 from .geometry import Frames, nearest_samples, resized_box
-from .protocol import bad_image, bad_request, too_large
+from .protocol import Rejected, bad_image, bad_request, busy, too_large
 
 # The decoders that a request can reach. Pillow has many more, and some of them start other programs (EPS).
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 MODES = {1: "L", 3: "RGB"}  # as fastai opens an image, by its channels
+MODE_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}  # of a pixel; other modes: 4
+# What decoders take beside the image, in bytes of a pixel; measured, and rounded up. A progressive JPEG is kept whole.
+DECODER_BYTES = {"WEBP": 12, "TIFF": 4, "GIF": 4}
+PROGRESSIVE_BYTES = 2  # of a pixel, for each band
+PADDING_BYTES = 14  # of a pixel of the padded image, for the arrays on the way there
+CLIPPED = "more than 8 bits: values above 255 are white, as the learner opens the image; export with --open"
+ANSWER_BYTES = 8  # of a pixel of an answer at the image's own size: mask, base64 and JSON, or the overlay
 Image.MAX_IMAGE_PIXELS = None  # `max_pixels` is the limit here, and each image's header is held against it
 
 
@@ -115,6 +124,19 @@ class Preprocessor:
         except Exception:  # of Pillow alone: a fault in the code around it is not the image's
             raise bad_image("the photo is damaged or cut short") from None
 
+    def memory(self, image: Image.Image) -> int:
+        """The bytes that decoding and resizing what `identify` returned takes at most."""
+        pixels, mode = image.width * image.height, MODES[self.config.channels]
+        each = MODE_BYTES.get(image.mode, 4) + (0 if image.mode == mode else MODE_BYTES.get(mode, 4))
+        each += DECODER_BYTES.get(image.format, 0)
+        if image.info.get("progressive"):
+            each += PROGRESSIVE_BYTES * len(image.getbands())
+        options = self.config.resize or {}
+        if (size := options.get("size")) and options.get("method", "squish") != "squish":
+            height, width = resized_box(image.size[::-1], size, options["method"])
+            return pixels * each + height * width * PADDING_BYTES
+        return pixels * each
+
     def counted_pixels(self, size: tuple[int, int]) -> int:
         """What an image of `size` (width, height) counts for: its pixels, or the model's where these are more."""
         h, w = (1, 1) if self.config.keeps_image_size else self.config.img_size
@@ -180,27 +202,52 @@ class Preprocessor:
         return np.stack(columns, axis=1)
 
 
-class PixelBudget:
-    """Bounds the pixels that all requests of this process decode at one time: who does not fit waits.
+class MemoryBudget:
+    """The memory for images of one process: what does not fit waits for its turn.
 
     Args:
-        limit: in pixels. An image that has more on its own waits until no other is decoded.
+        limit: in bytes.
+        seconds: that one may wait.
     """
 
-    def __init__(self, limit: int):
-        self.limit, self.used, self.changed = limit, 0, threading.Condition()
+    def __init__(self, limit: int, seconds: float = 60):
+        self.limit, self.seconds, self.used = limit, seconds, 0
+        self.waiting: deque[object] = deque()  # the first has the next turn, however small the others are
+        self.changed = threading.Condition()
 
     @contextlib.contextmanager
-    def hold(self, pixels: int) -> Iterator[None]:
-        pixels = min(pixels, self.limit)
-        with self.changed:
-            self.changed.wait_for(lambda: self.used + pixels <= self.limit)
-            self.used += pixels
+    def hold(self, size: int) -> Iterator[None]:
+        """Take `size` bytes of the budget until the block ends.
+
+        Raises:
+            Rejected: 507 for more than there is at all, 503 where it takes longer than `seconds` to get them.
+        """
+        if not size:
+            yield
+            return
+        if size > self.limit:
+            raise Rejected(HTTPStatus.INSUFFICIENT_STORAGE, "OutOfMemory", "not enough memory for this photo")
+        self.take(size)
         try:
             yield
         finally:
             with self.changed:
-                self.used -= pixels
+                self.used -= size
+                self.changed.notify_all()
+
+    def take(self, size: int) -> None:
+        turn = object()
+        with self.changed:
+            self.waiting.append(turn)
+            try:
+                fits = self.changed.wait_for(
+                    lambda: self.waiting[0] is turn and self.used + size <= self.limit, self.seconds
+                )
+                if not fits:
+                    raise busy("no memory for this photo at the moment: try again in a second")
+                self.used += size
+            finally:
+                self.waiting.remove(turn)
                 self.changed.notify_all()
 
 
@@ -235,10 +282,15 @@ def size_of(image: Image.Image | np.ndarray) -> tuple[int, int]:
     return image.shape[1::-1] if isinstance(image, np.ndarray) else image.size
 
 
+def clips(image: Image.Image) -> bool:
+    """Whether `image`, decoded, has more than 8 bits, of which mode RGB or L keeps the values up to 255 alone."""
+    return image.mode.startswith(("I", "F")) and image.getextrema()[1] > 255
+
+
 def viewable(image: Image.Image | np.ndarray) -> Image.Image:
     """`image` as 8-bit RGB to look at: its first three channels, or its first; stretched to 0..255 where not uint8."""
     if isinstance(image, Image.Image) and image.mode in ("RGB", "L", "P", "RGBA", "1"):
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
     pixels = to_array(image)
     pixels = pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., :1].repeat(3, axis=2)
     if pixels.dtype != np.uint8:

@@ -12,10 +12,12 @@ import sys
 import threading
 import zipfile
 from pathlib import Path
+from urllib.parse import quote
 
 from .archive import fetch, find_archive, runtime_of
-from .server.processes import free_ports, own_folder, reserve_port
-from .server.torchserve import DIRECT, command, is_ready, open_when_ready, run
+from .server.front import open_when_ready
+from .server.processes import free_ports, own_folder, own_route, reserve_port
+from .server.torchserve import DIRECT, command, ignored_variables, is_ready, run
 
 
 def cloud_port() -> str | None:
@@ -44,7 +46,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--host", default="0.0.0.0" if in_cloud else "127.0.0.1", help="address of the predictions")
     parser.add_argument("--port", type=int, default=in_cloud or 8080, help="port of the predictions")
     parser.add_argument("--management-port", type=int, default=8081, help="TorchServe's, on loopback")
-    parser.add_argument("--metrics-port", type=int, default=8082, help="Prometheus metrics, on loopback")
+    parser.add_argument("--metrics-port", type=int, default=8082, help="port of the metrics for Prometheus")
+    parser.add_argument("--metrics-host", default="127.0.0.1", help="address of the metrics, which need no token")
     parser.add_argument("--auth", action="store_true", help="ask for a token; they are written to key_file.json")
     parser.add_argument("--require-gpu", action="store_true", help="do not serve on the CPU (REQUIRE_GPU=1)")
     parser.add_argument(
@@ -94,9 +97,9 @@ def serve_on_uvicorn(archive: Path, name: str, options: argparse.Namespace, key_
     from .server.app import serve_archive
 
     public = reserve_port(options.host, options.port)
-    reserve_port("127.0.0.1", options.metrics_port).close()
+    reserve_port(options.metrics_host, options.metrics_port).close()
     announce(f"http://{options.host}:{options.port}/predictions/{name}", key_file)
-    serve_archive(archive, name, public, options.metrics_port, key_file)
+    serve_archive(archive, name, public, (options.metrics_host, options.metrics_port), key_file)
     return 0
 
 
@@ -107,7 +110,9 @@ def serve_on_torchserve(name: str, options: argparse.Namespace, folder: Path, ke
     if cloud_port():  # AI Platform sends requests as soon as /ping says 200
         public = reserve_port(host, port)
         host, port = "127.0.0.1", free_ports(1)[0]
-        behind = (public, port, management_port, folder, name)
+        routes = {"AIP_PREDICT_ROUTE": f"/predictions/{quote(name)}", "AIP_HEALTH_ROUTE": "/ping"}
+        named = {own_route(variable): route for variable, route in routes.items() if own_route(variable)}
+        behind = (public, port, management_port, folder, name, {a: b for a, b in named.items() if a != b})
         threading.Thread(target=open_when_ready, args=behind, daemon=True).start()
     argv, env = command(
         options.model_store,
@@ -115,15 +120,20 @@ def serve_on_torchserve(name: str, options: argparse.Namespace, folder: Path, ke
         port=port,
         management_port=management_port,
         metrics_port=options.metrics_port,
+        metrics_host=options.metrics_host,
         auth=options.auth,
         name=name,
     )
+    if ignored := ignored_variables():
+        print(f"ignored in the environment: {', '.join(ignored)}", file=sys.stderr)
     announce(url, key_file)
     return run(argv, env, management_port, folder, name)
 
 
 def main() -> None:
     options = parse_args()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a name that the locale cannot write ends no server
     try:
         folder = own_folder()
         if options.check:

@@ -52,7 +52,9 @@ def test_agrees_with_the_image():
     [container] = SPEC["containers"]
     [port] = [port["containerPort"] for port in container["ports"]]
     assert port == int(re.search(r"AIP_HTTP_PORT=(\d+)", (ROOT / "Dockerfile").read_text())[1])
-    assert container["startupProbe"]["httpGet"] == {"path": "/ping", "port": port}
+    assert (
+        container["startupProbe"]["httpGet"] == container["livenessProbe"]["httpGet"] == {"path": "/ping", "port": port}
+    )
 
 
 def test_the_port_of_cloud_run_goes_first(monkeypatch):

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -23,11 +24,11 @@ from ts.context import Context, RequestProcessor
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 
 import deployment.handler
-from deployment import answers, protocol
+from deployment import answers, protocol, runtime
 from deployment.export import write_config
 from deployment.handler import Handler
 from deployment.model import DynamicUnetDIY
-from deployment.photos import PixelBudget
+from deployment.photos import MemoryBudget
 from deployment.protocol import MEDIA_TYPES
 from deployment.runtime.queue import ImageQueue
 
@@ -122,6 +123,22 @@ def test_header_names_in_any_case(worker, photo):
     # A form field may have a header's name; its value is then no text.
     context.request_processor = [RequestProcessor({"Accept": {"content-type": "text/plain"}})]
     assert worker.handler.handle([{"data": bytearray(photo)}], context)[0][:1] == b"{"
+
+
+def test_a_form_of_which_torchserve_dropped_a_field_is_told_so(worker, photo):
+    context = worker.context
+    context.request_ids = context.metrics.request_ids = {0: "r"}
+    form_type = "multipart/form-data; boundary=b"
+    for length, content_type, status in (
+        (len(photo) + 400, form_type, 200),
+        (2 * len(photo) + 800, form_type, 400),
+        (2 * len(photo) + 800, "image/png", 200),
+        ("chunked", form_type, 200),
+    ):
+        headers = {"Content-Length": str(length), "Content-Type": content_type}
+        context.request_processor = [RequestProcessor(headers)]
+        worker.handler.handle([form(photo, format="png")], context)
+        assert context.get_response_status(0)[0] == status
 
 
 def test_max_pixels_is_configurable(small_store, photo, tmp_path):
@@ -345,6 +362,25 @@ def test_out_of_memory_for_one_photo_is_507(worker, photo, monkeypatch):
     assert [json.loads(body)["shape"] for _, body in (batch[0], *batch[2:])] == [[64, 64]] * 3
 
 
+def test_the_memory_limit_is_the_container_s(tmp_path, monkeypatch):
+    monkeypatch.delenv("MEMORY_LIMIT", raising=False)
+    half = runtime.memory_limit(tmp_path)
+    assert half == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    (tmp_path / "memory.max").write_text("max\n")
+    assert runtime.memory_limit(tmp_path) == half
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory/memory.limit_in_bytes").write_text("9223372036854771712\n")  # none, in version 1
+    assert runtime.memory_limit(tmp_path) == half
+    (tmp_path / "memory/memory.limit_in_bytes").write_text("3000000\n")
+    assert runtime.memory_limit(tmp_path) == 3_000_000
+    (tmp_path / "memory.max").write_text("2000000\n")
+    assert runtime.memory_limit(tmp_path) == 2_000_000
+    for given, limit in (("1000000", 1_000_000), ("4000000", 2_000_000), ("0", 2_000_000), ("1Gi", 2_000_000)):
+        monkeypatch.setenv("MEMORY_LIMIT", given)
+        assert runtime.memory_limit(tmp_path) == limit
+    assert 1e6 < runtime.memory_used() < 1e11
+
+
 def test_images_wait_for_a_place_in_the_budget(worker, monkeypatch):
     """Of images that together are more than the budget, not all are decoded at one time; each is decoded."""
     photos = [encoded(draw_photo(i, (100, 80))) for i in range(6)]
@@ -363,9 +399,74 @@ def test_images_wait_for_a_place_in_the_budget(worker, monkeypatch):
 
     monkeypatch.setattr(worker.handler.preprocessor, "decode", watched)
     monkeypatch.setattr(worker.handler, "threads", ThreadPoolExecutor(6))
-    monkeypatch.setattr(worker.handler, "budget", PixelBudget(2 * 100 * 80))
+    monkeypatch.setattr(worker.handler, "budget", MemoryBudget(2 * 100 * 80 * 4))
     assert [status for status, _ in ask(worker, *photos)] == [200] * 6
     assert len(most) == 6 and max(most) <= 2
+
+
+def test_a_16_bit_image_that_loses_its_values_has_a_warning(worker, photo):
+    deep = np.asarray(draw_photo(0).convert("L")).astype(np.uint16)
+    for pixels, format in ((deep * 257, "PNG"), (deep * 257, "TIFF"), ((deep * 257).astype(np.int32), "TIFF")):
+        [(status, _)] = ask(worker, encoded(Image.fromarray(pixels), format))
+        warning = worker.context.get_response_headers(0)["Warning"]
+        assert status == 200 and warning.startswith('199 - "') and "--open" in warning and warning.isascii()
+    for harmless in (encoded(Image.fromarray(deep)), photo):
+        assert ask(worker, harmless)[0][0] == 200
+        assert "Warning" not in worker.context.get_response_headers(0)
+
+
+def test_what_is_drawn_at_its_own_size_keeps_its_room_until_then(worker, monkeypatch):
+    """Of a batch whose images do not fit together, as many are answered at a time as do."""
+    requests = [form(encoded(draw_photo(i, (100, 80))), size="original", format="overlay") for i in range(5)]
+    expected = ask(worker, *requests)
+    room = 100 * 80 * 8
+    budget, used = MemoryBudget(2 * room, seconds=0.1), []
+    draw = worker.handler.make_answer
+    monkeypatch.setattr(worker.handler, "budget", budget)
+    monkeypatch.setattr(worker.handler, "make_answer", lambda *item: used.append(budget.used) or draw(*item))
+    assert ask(worker, *requests) == expected
+    assert used == [2 * room] * 4 + [room] and budget.used == 0
+    photo = encoded(draw_photo(9, (100, 80)))
+    assert [status for status, _ in ask(worker, requests[0], photo, requests[1])] == [200] * 3
+    with budget.hold(room + 1):
+        [(status, body)] = ask(worker, requests[0])
+        assert (status, json.loads(body)["type"]) == (503, "Busy")
+        assert worker.context.get_response_headers(0)["Retry-After"] == "1"
+    [(status, _)] = ask(worker, form(encoded(draw_photo(0, (200, 180))), size="original"))
+    assert status == 507
+
+
+def test_a_few_images_are_decoded_beside_many(worker, monkeypatch):
+    """The threads are at work on 64 images of one request: another request's two do not wait for them."""
+    begun, go, decode = threading.Event(), threading.Event(), worker.handler.decode_item
+
+    def slow(item, job):
+        if len(job.items) == 20:
+            begun.set()
+            assert go.wait(20)
+        decode(item, job)
+
+    monkeypatch.setattr(worker.handler, "decode_item", slow)
+    instance = {"b64": base64.b64encode(encoded(draw_photo(0, (10, 10)))).decode()}
+    with ThreadPoolExecutor(2) as pool:
+        many = pool.submit(worker.handler.preprocess, {"body": {"instances": [instance] * 20}})
+        assert begun.wait(20)
+        few = pool.submit(worker.handler.preprocess, {"body": {"instances": [instance] * 2}})
+        assert all(item.pixels is not None for item in few.result(20).items)
+        go.set()
+        assert all(item.pixels is not None for item in many.result(20).items)
+
+
+def test_a_worker_whose_model_fails_on_every_image_ends(small_store, photo, monkeypatch):
+    worker = loaded(small_store)
+
+    def broken(batch, alone):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(worker.handler.model, "compute", broken)
+    assert [ask(worker, photo)[0][0] for _ in range(5)] == [500] * 5
+    with pytest.raises(SystemExit):
+        ask(worker, photo)
 
 
 def test_a_jpeg_that_is_decoded_at_a_fraction_keeps_its_size_in_the_answer(small_store, tmp_path):

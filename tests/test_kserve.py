@@ -49,7 +49,7 @@ def test_agrees_with_the_image():
     port = int(re.search(r"AIP_HTTP_PORT=(\d+)", DOCKERFILE)[1])
     assert container["ports"][0]["containerPort"] == port == int(container["env"][0]["value"])
     ping = {"path": "/ping", "port": port}
-    assert container["startupProbe"]["httpGet"] == container["readinessProbe"]["httpGet"] == ping
+    assert all(container[f"{kind}Probe"]["httpGet"] == ping for kind in ("startup", "readiness", "liveness"))
     assert f"--uid {PREDICTOR['securityContext']['runAsUser']} " in DOCKERFILE
     assert 1 <= PREDICTOR["minReplicas"] <= PREDICTOR["maxReplicas"]
 

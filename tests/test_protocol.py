@@ -2,13 +2,26 @@
 
 import base64
 import json
+import tracemalloc
 from http import HTTPStatus
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from deployment import protocol
-from deployment.protocol import Rejected, Request, read_instance, read_options, read_request, rejection, respond
+from deployment.answers import make_answer
+from deployment.protocol import (
+    Rejected,
+    Request,
+    read_accept,
+    read_instance,
+    read_options,
+    read_request,
+    rejection,
+    respond,
+)
 
 
 @pytest.mark.parametrize(
@@ -26,6 +39,42 @@ from deployment.protocol import Rejected, Request, read_instance, read_options, 
 def test_accept(accept, format):
     assert read_options({}, accept) == (format, "model", None)
     assert read_options({"format": b"png"}, accept) == ("png", "model", None)
+
+
+@pytest.mark.parametrize(
+    ("accept", "expected"),
+    [
+        ("image/png;q=0.5, image/jpeg", ("overlay", False)),
+        ("image/png;q=0.2, application/json;q=0.9", ("json", False)),
+        ("image/png, application/json", ("png", True)),
+        ("image/png, application/json;q=0", ("png", False)),
+        ("image/png ; Q=0.8, */*;q=0.1", ("png", True)),
+        ("image/*", ("png", True)),
+        ("image/*, image/jpeg;q=0.1", ("png", True)),
+        ("image/png", ("png", False)),
+        ("application/*", ("json", False)),
+        ("image/png;q=0", ("json", False)),
+        ("image/jpeg;q=x, image/png;q=nan, a/b;;q=", ("overlay", False)),
+        ("text/html", ("json", False)),
+    ],
+)
+def test_accept_with_weights(accept, expected):
+    assert read_accept(accept) == expected
+
+
+@pytest.mark.parametrize(
+    ("accept", "status"), [("image/png, application/json", 200), ("image/*", 200), ("image/png", 400)]
+)
+def test_a_classifier_answers_with_json_where_that_will_do(accept, status):
+    preprocessor = SimpleNamespace(config=SimpleNamespace(task="classification", classes=["cat", "dog"]))
+    request = read_request({"body": b"photo"}, accept)
+    try:
+        answer = make_answer(np.float32([0.25, 0.75]), preprocessor, request, (1, 1))
+    except Rejected as error:
+        answer = error
+    response = respond(request, [answer])
+    assert (response.status, response.content_type) == (status, "application/json")
+    assert status != 200 or json.loads(response.body)["label"] == "dog"
 
 
 def test_accept_chooses_the_format_but_of_json_which_is_answered_with_json():
@@ -59,7 +108,11 @@ def test_reads_the_three_forms():
         (b"", 400),
         (None, 400),
         ([1], 400),
+        (b'[{"b64": ""}]', 400),
         (b"{", 400),
+        (b'{"a":[' + b"[" * 50_000, 400),
+        (b'{"instances": [' + b"{}," * 100 + b"{}]}", 413),
+        (b'{"instances": [' + b"{}," * 5_000_000 + b"{}]}", 413),
         (b'{"a":' * 200_000, 400),
         (b"{}", 400),
         ({"instances": []}, 400),
@@ -73,6 +126,34 @@ def test_refuses_what_is_no_request(body, status):
     with pytest.raises(Rejected) as error:
         read_request({"body": body})
     assert error.value.status == status
+
+
+def test_an_array_is_told_to_be_an_object():
+    for body in (b'[{"b64": ""}]', b" \n[]", [1]):
+        with pytest.raises(Rejected, match="an object, .* not an array"):
+            read_request({"body": body})
+
+
+def test_what_is_refused_costs_no_memory():
+    """20 MB of JSON: of the values that it would become, none is made."""
+    body = b'{"instances": [' + b"{}," * 6_600_000 + b"{}]}"
+    spaces = {"b64": "A " * 10_000_000}
+    tracemalloc.start()
+    try:
+        with pytest.raises(Rejected):
+            read_request({"body": body})
+        assert tracemalloc.get_traced_memory()[1] < 1e6
+        tracemalloc.reset_peak()
+        assert len(read_instance(spaces)) == 7_500_000
+        assert tracemalloc.get_traced_memory()[1] < 60e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_options_beside_json_count_where_it_has_none():
+    body = b'{"instances": [{"b64": ""}], "parameters": {"format": "png"}}'
+    request = read_request({"body": body, "format": b"overlay", "size": b"original"})
+    assert (request.format, request.size) == ("png", "original")
 
 
 @pytest.mark.parametrize("instance", [b"photo", {"b64": "cGhv\ndG8="}, {"data": {"b64": "cGhvdG8="}}])

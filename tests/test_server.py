@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,10 +26,11 @@ from conftest import CODES, ROOT, bomb, draw_photo, encoded
 from PIL import Image
 
 from deployment.answers import palette
-from deployment.archive import find_archive
+from deployment.archive import find_archive, make_archive
 from deployment.serve import is_healthy
-from deployment.server.processes import free_ports, own_folder, reserve_port, started
-from deployment.server.torchserve import is_ready, model_status, workers_and_threads
+from deployment.server.front import rerouted
+from deployment.server.processes import free_ports, last_error, own_folder, reserve_port, started
+from deployment.server.torchserve import command, ignored_variables, is_ready, model_status, workers_and_threads
 
 PREDICT = "/predictions/fastunet"
 
@@ -484,16 +486,39 @@ def test_nothing_outlives_a_killed_parent(model_store, tmp_path, seconds):
         assert not alive
 
 
+MESSY = {  # what a shell, an image or a service may have set
+    "LC_ALL": "C",
+    "TS_CONFIG_FILE": "/not/there",
+    "TS_ENABLE_MODEL_API": "true",
+    "TS_METRICS_ADDRESS": "http://0.0.0.0:1",
+    "LOG_LOCATION": "/not/there",
+    "TEMP": "/not/there",
+    "JAVA_TOOL_OPTIONS": "-Xmx1k",
+}
+
+
 def test_on_ai_platform_the_port_opens_when_an_answer_can_be_given(kind, model_store, tmp_path, photo, predict):
-    settings = {"AIP_HTTP_PORT": "1", "SERVER": kind}
-    with foreground(model_store, tmp_path, "--host=127.0.0.1", **settings) as (process, ports):
+    store = tmp_path / "Jürgen Müller" / "модель"
+    store.mkdir(parents=True)
+    os.link(model_store / "fastunet.mar", store / "fastunet.mar")
+    model = "/v1/endpoints/1/deployedModels/2"  # as the service names it where the upload names nothing
+    routes = {"AIP_PREDICT_ROUTE": f"{model}:predict", "AIP_HEALTH_ROUTE": model}
+    settings = {"AIP_HTTP_PORT": "1", "SERVER": kind} | MESSY | routes
+    with foreground(store, tmp_path, "--host=127.0.0.1", **settings) as (process, ports):
         url = f"http://127.0.0.1:{ports['port']}"
         wait_for(lambda: answers(f"{url}/ping"))
         assert serves(kind, ports)
+        assert answers(url + model) and not answers(f"{url}/v1")
+        for route in (f"{model}:predict", PREDICT):
+            answer = httpx.post(url + route, content=photo, headers={"accept": "image/png"}, timeout=60)
+            assert np.array_equal(np.array(picture(answer.content)), predict(photo))
+        if kind == "torchserve":
+            management = f"http://127.0.0.1:{ports['management_port']}/models"
+            assert httpx.post(management, params={"url": "fastunet.mar"}).status_code == 405
         body = {"instances": [{"b64": b64(photo)}] * 8}
         with ThreadPoolExecutor(1) as pool:
             sent = pool.submit(httpx.post, url + PREDICT, json=body, timeout=60)
-            wait_for(lambda: count(metrics(ports), "ts_inference_requests_total") == 1)
+            wait_for(lambda: count(metrics(ports), "ts_inference_requests_total") == 3)
             process.terminate()
             masks = [mask_of(p) for p in sent.result().json()["predictions"]]
         assert len(masks) == 8 and all(np.array_equal(mask, predict(photo)) for mask in masks)
@@ -517,7 +542,7 @@ def test_tokens_of_uvicorn(model_store, tmp_path, photo):
 
 
 def test_tokens_local_models_only_and_no_worker_outlives_java(model_store, tmp_path, photo):
-    """One server for three questions: tokens, allowed URLs with the model API switched on, and a killed Java."""
+    """One server for three questions: tokens, a model API that the environment cannot switch on, and a killed Java."""
     with foreground(model_store, tmp_path, "--auth", TS_ENABLE_MODEL_API="true", **ONE_WORKER) as (process, ports):
         wait_for(lambda: is_ready(ports["management_port"], tmp_path))
         key_file = tmp_path / "key_file.json"
@@ -602,6 +627,55 @@ def test_says_in_one_line_why_it_cannot_start(tmp_path):
         for name in ("fastunet.xml", "fastunet.bin"):
             archive.writestr(name, "")
     assert "OpenVINO, which computes on the CPU" in serve_error(tmp_path, "--name=street", REQUIRE_GPU="1")
+
+
+def test_what_is_left_in_the_environment_has_no_effect_on_torchserve(tmp_path, monkeypatch):
+    zipfile.ZipFile(tmp_path / "fastunet.mar", "w").close()
+    for name, value in (MESSY | {"TS_JOB_QUEUE_SIZE": "7", "TS_MANAGEMENT_ADDRESS": "http://0.0.0.0:1"}).items():
+        monkeypatch.setenv(name, value)
+    ports = dict(zip(("port", "management_port", "metrics_port"), free_ports(3), strict=True))
+    _, env = command(tmp_path, **ports)
+    assert not {"TS_CONFIG_FILE", "TS_ENABLE_MODEL_API", "LOG_LOCATION", "TEMP", "JAVA_TOOL_OPTIONS"} & set(env)
+    assert (
+        env["TS_MANAGEMENT_ADDRESS"].startswith("http://127.0.0.1:")
+        and env["TS_METRICS_ADDRESS"] != MESSY["TS_METRICS_ADDRESS"]
+    )
+    assert (env["LC_ALL"], env["TS_JOB_QUEUE_SIZE"]) == ("C.UTF-8", "7")
+    assert {"TS_CONFIG_FILE", "TEMP"} <= set(ignored_variables()) and "TS_JOB_QUEUE_SIZE" not in ignored_variables()
+
+
+def test_requests_to_the_paths_that_a_service_names_are_rerouted():
+    routes = {"/v1/a:predict": "/predictions/a"}
+    assert (
+        rerouted(b"POST /v1/a:predict HTTP/1.1\r\n", routes) == b"POST /predictions/a HTTP/1.1\r\nConnection: close\r\n"
+    )
+    assert rerouted(b"POST /v1/a:predict?a=b HTTP/1.1\r\n", routes).startswith(b"POST /predictions/a?a=b HTTP")
+    for line in (b"GET /ping HTTP/1.1\r\n", b"GET\r\n", b"\xff\xff \xff x\r\n", b"a b c d\r\n"):
+        assert rerouted(line, routes) == line + b"Connection: close\r\n"
+
+
+def test_the_error_that_a_worker_ended_with():
+    said = """\
+2026-01-01T10:00:00,000 [INFO ] MODEL_LOG - Traceback (most recent call last):
+2026-01-01T10:00:00,000 [INFO ] MODEL_LOG -   File "handler.py", line 1, in load
+2026-01-01T10:00:00,000 [INFO ] MODEL_LOG -     read()
+2026-01-01T10:00:00,000 [WARN ] ModelServer - Traceback of its own
+2026-01-01T10:00:00,000 [INFO ] MODEL_LOG - FileNotFoundError: fastunet.pth
+2026-01-01T10:00:00,000 [INFO ] MODEL_LOG - Frontend disconnected.
+"""
+    assert last_error(said.splitlines(keepends=True)) == "FileNotFoundError: fastunet.pth"
+    assert "without saying why" in last_error(["nothing\n"])
+
+
+@pytest.mark.soak
+def test_torchserve_ends_with_the_error_of_workers_that_cannot_load_the_model(exported, tmp_path):
+    shutil.copy(exported / "model-config.yaml", tmp_path)
+    (tmp_path / "fastunet.pth").write_bytes(b"no weights")
+    make_archive(tmp_path)
+    with foreground(tmp_path, tmp_path, SERVER="torchserve", **ONE_WORKER) as (process, ports):
+        assert process.wait(120) == 1
+        last = (tmp_path / "server.log").read_text().splitlines()[-1]
+    assert last.startswith("error: the model cannot be loaded: ") and "Error" in last
 
 
 def test_the_only_archive_is_served_by_any_name(tmp_path):

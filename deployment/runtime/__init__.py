@@ -8,6 +8,8 @@ import functools
 import importlib
 import math
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..config import Config
@@ -74,6 +76,36 @@ def cores() -> int:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         available = min(available, max(1, math.ceil(int(quota) / int(period))))
     return available
+
+
+def memory_limit(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """The bytes that this process and its children may use.
+
+    That is the container's limit (cgroup v2 or v1), or MEMORY_LIMIT where the system does not show it, the lesser of
+    both. Where there is neither, it is half of the machine's memory.
+    """
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8 * 2**30
+    limits = []
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # "max" is none
+            limits.append(int((cgroup / name).read_text()))
+    with contextlib.suppress(ValueError):
+        limits.append(int(os.environ.get("MEMORY_LIMIT", "")))
+    return min((limit for limit in limits if 0 < limit <= machine), default=machine // 2)
+
+
+def memory_used() -> int:
+    """The resident memory of this process, in bytes; 0 where the system does not say."""
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+def started_threads(n: int) -> ThreadPoolExecutor:
+    """A pool whose `n` threads have started: one that starts where memory is short would fail a whole batch."""
+    threads, all_there = ThreadPoolExecutor(n), threading.Barrier(n)
+    list(threads.map(lambda _: all_there.wait(), range(n)))
+    return threads
 
 
 @functools.cache

@@ -5,6 +5,7 @@ so `/ping` never says 200 before an answer can be given. Of the archive only con
 code that runs is this folder's.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import tempfile
 import time
 import uuid
 import zipfile
+from collections.abc import AsyncIterator, Callable
 from http import HTTPStatus
 from pathlib import Path
 
@@ -32,15 +34,18 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from ..handler import Handler
-from ..protocol import Rejected, reasons, rejection
-from ..runtime import cores
-from . import metrics
-from .forms import read_body, read_fields
+from ..protocol import Rejected, busy, reasons, rejection
+from ..runtime import cores, memory_limit
+from . import metrics, tracing
+from .connection import Connection, allow_files
+from .forms import Bodies, read_fields, read_query, twice
+from .processes import own_route
 
 logger = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
-MAX_REQUESTS = 100  # that are read, wait or are computed at one time; TorchServe's queue holds as many
+MAX_ARRIVING = 1000  # requests whose bodies are read at one time; slow ones take no place of those that may compute
+MAX_REQUESTS = 100  # that wait or are computed at one time; TorchServe's queue holds as many
 WAIT_SECONDS = 120  # that a request may wait for its turn
 DRAIN_SECONDS = 25  # that requests in flight have when the server is asked to stop
 
@@ -52,58 +57,91 @@ class Application:
         self.handler, self.name, self.token = handler, name, token
         self.path = f"/predictions/{name}"
         self.paths = [f"{self.path}{rest}" for rest in ("", "/", f"/{version}", f"/{version}/")]  # as TorchServe has it
-        self.description = yaml.safe_load((HERE / "openapi.yaml").read_text().replace("NAME", name))
-        self.requests = 0  # that are here now
-        # While images are in the model, others are read and drawn. A GPU's batch is gathered from those that wait.
-        self.turns = anyio.CapacityLimiter(cores() + max(cores(), handler.model.batch))
+        written = (HERE / "openapi.yaml").read_text(encoding="utf-8")
+        self.description = yaml.safe_load(written.replace("NAME", name))
+        self.tracer = tracing.make_tracer()
+        self.end: Callable[[], object] = lambda: None  # the process, so that another can be started
+        self.arriving = self.requests = 0  # requests whose bodies are read, and those that wait or are computed
+        self.bodies = Bodies(memory_limit() // 8)
+        # While images are in the model, others are read and drawn. A GPU's batch is gathered from those that wait. One
+        # image does not wait for requests of several.
+        turns = cores() + max(cores(), handler.model.batch)
+        self.turns, self.long_turns = (anyio.CapacityLimiter(turns) for _ in range(2))
 
     def starlette(self) -> Starlette:
         """The ASGI application."""
-        routes = [Route(path, self.predict, methods=["POST", "PUT"]) for path in self.paths]
+        # The routes that AI Platform names come first: its health checks may be where the page is.
+        health, predict = own_route("AIP_HEALTH_ROUTE"), own_route("AIP_PREDICT_ROUTE")
+        routes = [Route(health, self.ping)] if health else []
+        paths = [predict, *self.paths] if predict else self.paths
+        routes += [Route(path, self.predict, methods=["POST", "PUT"]) for path in paths]
         routes.append(Route("/", self.page))
         routes.append(Route("/openapi.json", self.openapi))
-        routes.append(Route("/ping", self.ping))
+        routes += [Route(path, self.ping) for path in ("/ping", "/ping/")]
         return Starlette(routes=routes, exception_handlers={HTTPException: self.no_route})
 
     async def predict(self, request: Request) -> Response:
         request_id = str(uuid.uuid4())
         errors: list[Rejected] = []
-        self.requests += 1
         try:
             self.admit(request)
-            body = await read_body(request)
-            response, errors = await self.answer_in_turn(request, body)
+            async with self.arrived(request) as body:
+                response, errors = await self.answer_in_turn(request, body)
         except ClientDisconnect:
             return Response(status_code=499)  # nobody hears it
         except Exception as error:
             errors = [rejection(error)]
             response = refusal(errors[0])
-        finally:
-            self.requests -= 1
         self.log_errors(request_id, response.status_code, errors)
+        if self.handler.broken:
+            logger.critical("the model fails on every image: this process ends, so that another can be started")
+            self.end()
         response.headers["x-request-id"] = request_id
         return response
 
     def admit(self, request: Request) -> None:
-        """Raises Rejected for a request without the token, or one too many."""
+        """Raises Rejected for a request without the token."""
         given = request.headers.get("authorization", "")
         if self.token and not secrets.compare_digest(given.encode(), f"Bearer {self.token}".encode()):
             raise Rejected(HTTPStatus.UNAUTHORIZED, "Unauthorized", "the token is missing or wrong")
-        if self.requests > MAX_REQUESTS:
+
+    @contextlib.asynccontextmanager
+    async def arrived(self, request: Request) -> AsyncIterator[bytes]:
+        """The body of `request`, which has one of the places of those that wait or are computed.
+
+        Raises:
+            Rejected: as `Bodies.read`; 503 where all places are taken.
+        """
+        if self.arriving >= MAX_ARRIVING or self.requests >= MAX_REQUESTS:
             raise busy()
-        metrics.count_request(self.name)
+        async with contextlib.AsyncExitStack() as stack:
+            self.arriving += 1
+            try:
+                body = await stack.enter_async_context(self.bodies.read(request))
+            finally:
+                self.arriving -= 1
+            if self.requests >= MAX_REQUESTS:
+                raise busy()
+            self.requests += 1
+            metrics.count_request(self.name)
+            try:
+                yield body
+            finally:
+                self.requests -= 1
 
     async def answer_in_turn(self, request: Request, body: bytes) -> tuple[Response, list[Rejected]]:
         """What `answer` says, in a thread, once one of the turns is free.
 
         Raises:
-            Rejected: 503 where that takes longer than WAIT_SECONDS.
+            Rejected: 503 where that takes longer than WAIT_SECONDS, or too many answers wait for their clients.
             starlette.requests.ClientDisconnect: nobody waits for the answer any more.
         """
-        waits = self.turns.available_tokens == 0
+        await self.bodies.wait_for_room(0)  # answers that nobody takes would become more with each request
+        turns = self.long_turns if body.count(b'"b64"') > 1 else self.turns
+        waits = turns.available_tokens == 0
         with anyio.move_on_after(WAIT_SECONDS):  # ends the wait alone: what a thread has begun is awaited
             # Of idle threads anyio takes the one used last: its caches are warm, and so is the core on which it wakes.
-            return await anyio.to_thread.run_sync(self.answer, request, body, waits, limiter=self.turns)
+            return await anyio.to_thread.run_sync(self.answer, request, body, waits, limiter=turns)
         raise busy()
 
     def answer(self, request: Request, body: bytes, waited: bool) -> tuple[Response, list[Rejected]]:
@@ -112,14 +150,15 @@ class Application:
             raise ClientDisconnect
         began = time.perf_counter()
         fields = read_fields(body, request.headers.get("content-type", ""))
-        job = self.handler.preprocess(fields, request.headers.get("accept", ""))
-        read = time.perf_counter()
-        items = [item for item in job.items if not item.error]
-        self.handler.inference(items)
-        computed = time.perf_counter()
-        made = self.handler.postprocess(job)
-        metrics.observe_answer(self.name, began, read, computed, time.perf_counter(), len(items))
-        response = Response(made.body, made.status, media_type=made.content_type)
+        options = read_query(request.query_params.multi_items())
+        for name in options.keys() & fields.keys():
+            raise twice(name)
+        job = self.handler.read(fields | options, request.headers.get("accept", ""))
+        [made], seconds, photos = self.handler.answer([job], began)
+        metrics.observe_answer(self.name, seconds, photos)
+        if self.tracer:
+            tracing.record(self.tracer, self.name, request.headers, made.status, began, seconds)
+        response = Response(made.body, made.status, made.headers, media_type=made.content_type)
         return response, [item.error for item in job.items if item.error]
 
     def log_errors(self, request_id: str, status: int, errors: list[Rejected]) -> None:
@@ -130,6 +169,8 @@ class Application:
         metrics.count_errors(self.name, errors)
 
     async def ping(self, request: Request) -> Response:
+        if self.handler.broken:
+            return JSONResponse({"status": "Unhealthy"}, HTTPStatus.SERVICE_UNAVAILABLE)
         return JSONResponse({"status": "Healthy"})
 
     async def openapi(self, request: Request) -> Response:
@@ -152,14 +193,9 @@ def application(handler: Handler, name: str, token: str | None = None, version: 
     return Application(handler, name, token, version).starlette()
 
 
-def busy() -> Rejected:
-    return Rejected(HTTPStatus.SERVICE_UNAVAILABLE, "Busy", "too many requests: try again in a second")
-
-
 def refusal(error: Rejected) -> Response:
     """`error` as the answer to a whole request."""
-    headers = {503: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}.get(error.status)
-    return JSONResponse(error.as_json(), error.status, headers)
+    return JSONResponse(error.as_json(), error.status, error.headers)
 
 
 def write_token(key_file: Path) -> str:
@@ -177,25 +213,33 @@ def version_of(folder: Path | str) -> str:
     return json.loads(manifest.read_text())["model"]["modelVersion"] if manifest.is_file() else "1.0"
 
 
-def serve_archive(archive: Path, name: str, public: socket.socket, metrics_port: int, key_file: Path | None) -> None:
-    """Serve `archive` as `name` on `public` until SIGTERM or SIGINT, then finish what is in flight. Metrics: loopback.
+def serve_archive(
+    archive: Path, name: str, public: socket.socket, metrics_address: tuple[str, int], key_file: Path | None
+) -> None:
+    """Serve `archive` as `name` on `public` until SIGTERM or SIGINT, then finish what is in flight.
 
     With `key_file` predictions need the token that is written there.
+
+    Raises:
+        RuntimeError: the model fails on every image.
     """
     for number in (signal.SIGTERM, signal.SIGINT):  # while the model loads, and again when uvicorn is through
         signal.signal(number, lambda *_: sys.exit(0))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s [%(levelname)-5s] %(name)s - %(message)s")
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it quotes what clients send
+    allow_files(2 * MAX_ARRIVING)
     token = write_token(key_file) if key_file else None
     handler = Handler()
     with tempfile.TemporaryDirectory(prefix="model-") as folder, zipfile.ZipFile(archive) as content:
         content.extractall(folder)
         handler.load(folder, threads=None if os.environ.get("OMP_NUM_THREADS") else cores())
         version = version_of(folder)
-    prometheus_client.start_http_server(metrics_port, "127.0.0.1")
+    host, port = metrics_address
+    prometheus_client.start_http_server(port, host)
+    application = Application(handler, name, token, version)
     config = uvicorn.Config(
-        application(handler, name, token, version),
-        http="h11",
+        application.starlette(),
+        http=Connection,
         loop="asyncio",
         ws="none",
         lifespan="off",
@@ -204,4 +248,8 @@ def serve_archive(archive: Path, name: str, public: socket.socket, metrics_port:
         server_header=False,
         timeout_graceful_shutdown=DRAIN_SECONDS,
     )
-    uvicorn.Server(config).run(sockets=[public])
+    server = uvicorn.Server(config)
+    application.end = lambda: setattr(server, "should_exit", True)
+    server.run(sockets=[public])
+    if handler.broken:
+        raise RuntimeError("the model fails on every image")

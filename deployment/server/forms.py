@@ -1,37 +1,80 @@
 """The body of a request to our own server, within limits, and the fields of a form. TorchServe does this in Java."""
 
+import contextlib
+from collections.abc import AsyncIterator, Iterable
 from http import HTTPStatus
 
 import anyio
 import python_multipart
+from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
-from ..protocol import Rejected, bad_request, too_large
+from ..protocol import OPTIONS, Rejected, bad_request, busy, too_large
+from .connection import Connection
 
 MAX_BYTES = 20 * 2**20  # of a request, as config.properties has it for TorchServe
+MAX_FIELDS = 16  # of a form; four have a meaning
 READ_SECONDS = 60  # that a request may take to arrive
+SLOW_SECONDS = 5  # of these, that it may be slower than SLOWEST
+SLOWEST = 10_000  # bytes a second
+ROOM_SECONDS = 20  # that a request may wait until there is memory for it
 
 
-async def read_body(request: Request) -> bytes:
-    """The body.
+class Bodies:
+    """The bodies of all requests that are here, and the answers that wait for their clients: at most `limit` bytes."""
 
-    Raises:
-        Rejected: 413 for more than MAX_BYTES, before the rest is read; 408 where it does not arrive in time.
-        starlette.requests.ClientDisconnect: the client has gone.
-    """
-    body = bytearray()
-    try:
-        with anyio.fail_after(READ_SECONDS):
-            if int(request.headers.get("content-length", 0)) > MAX_BYTES:
-                raise too_large(f"more than {MAX_BYTES} bytes")
+    def __init__(self, limit: int):
+        self.limit, self.used = max(limit, 2 * MAX_BYTES), 0
+
+    def has_room(self, size: int) -> bool:
+        """Whether a body may have `size` bytes more."""
+        return self.used + Connection.unsent + size <= self.limit
+
+    @contextlib.asynccontextmanager
+    async def read(self, request: Request) -> AsyncIterator[bytes]:
+        """The body of `request`, which takes its room until the block ends.
+
+        Raises:
+            Rejected: 413 for more than MAX_BYTES, before the rest is read; 408 where it does not arrive in time or is
+                slower than SLOWEST; 503 where there is no room for it.
+            starlette.requests.ClientDisconnect: the client has gone.
+        """
+        if int(request.headers.get("content-length", 0)) > MAX_BYTES:
+            raise too_large(f"more than {MAX_BYTES} bytes")
+        arriving, size = bytearray(), 0
+        try:
+            await self.receive(request, arriving)
+            body, size = bytes(arriving), len(arriving)
+            arriving.clear()
+            yield body
+        finally:
+            self.used -= size or len(arriving)
+
+    async def receive(self, request: Request, body: bytearray) -> None:
+        """Append what arrives to `body`, as fast as there is room for it."""
+        with anyio.move_on_after(min(SLOW_SECONDS, READ_SECONDS)) as arrival:
+            began = anyio.current_time()
             async for chunk in request.stream():
-                body += chunk
-                if len(body) > MAX_BYTES:
+                if len(body) + len(chunk) > MAX_BYTES:
                     raise too_large(f"more than {MAX_BYTES} bytes")
-    except TimeoutError:
-        message = f"the request took more than {READ_SECONDS} s to arrive"
-        raise Rejected(HTTPStatus.REQUEST_TIMEOUT, "Timeout", message) from None
-    return bytes(body)
+                if not self.has_room(len(chunk)):
+                    arrival.deadline = float("inf")  # this wait is not the client's fault
+                    began += await self.wait_for_room(len(chunk))
+                self.used += len(chunk)
+                body += chunk
+                arrival.deadline = began + min(SLOW_SECONDS + len(body) / SLOWEST, READ_SECONDS)
+            return
+        message = f"a request may take {READ_SECONDS} s to arrive, at {SLOWEST} bytes a second or more"
+        raise Rejected(HTTPStatus.REQUEST_TIMEOUT, "Timeout", message)
+
+    async def wait_for_room(self, size: int) -> float:
+        """Wait until `size` bytes fit; the seconds that it took. Raises Rejected, 503, after ROOM_SECONDS."""
+        began = anyio.current_time()
+        while not self.has_room(size):
+            if anyio.current_time() > began + ROOM_SECONDS:
+                raise busy()
+            await anyio.sleep(0.02)
+        return anyio.current_time() - began
 
 
 def read_fields(body: bytes, content_type: str) -> dict[str, bytes]:
@@ -40,19 +83,26 @@ def read_fields(body: bytes, content_type: str) -> dict[str, bytes]:
     Clients call an image all kinds of things; curl --data-binary and urllib call it a form of text fields.
 
     Raises:
-        Rejected: 400 for a multipart form that cannot be read.
+        Rejected: 400 for a multipart form that cannot be read, has a field twice, or more than MAX_FIELDS of them.
     """
     if not content_type.lower().startswith("multipart/"):
         return {"body": body}
     fields = {}
 
     def keep(part, value: bytes | None) -> None:
-        fields[(part.field_name or b"").decode(errors="replace")] = value or b""
+        name = (part.field_name or b"").decode(errors="replace")
+        if name in fields:
+            raise twice(name)
+        fields[name] = value or b""
 
     def keep_file(part) -> None:
         part.file_object.seek(0)
         keep(part, part.file_object.read())
 
+    _, options = parse_options_header(content_type.encode("latin-1"))
+    # Counted before they are parsed, which takes the parser as long for an empty part as for many kB of an image.
+    if body.count(b"\r\n--" + options.get(b"boundary", b"")) > MAX_FIELDS:
+        raise bad_request(f"more than {MAX_FIELDS} fields in a form")
     try:
         parser = python_multipart.create_form_parser(
             {"Content-Type": content_type.encode("latin-1")},
@@ -65,3 +115,26 @@ def read_fields(body: bytes, content_type: str) -> dict[str, bytes]:
     except ValueError:  # of which the parser's own errors are
         raise bad_request("the body is no multipart form") from None
     return fields
+
+
+def read_query(pairs: Iterable[tuple[str, str]]) -> dict[str, bytes]:
+    """The options in the address: `?format=png`.
+
+    Raises:
+        Rejected: 400 for what is no option, or is there twice.
+    """
+    options = {}
+    for name, value in pairs:
+        if name not in OPTIONS:
+            raise bad_request(f"the address may have the parameters {', '.join(OPTIONS)} and no other")
+        if name in options:
+            raise twice(name)
+        options[name] = value.encode()
+    return options
+
+
+def twice(name: str) -> Rejected:
+    """The error for a field that came twice; another name than our own is not repeated."""
+    known = f"the field `{name}`" if name in ("data", *OPTIONS) else "a field"
+    more = ": send several images as JSON" if name == "data" else ""
+    return bad_request(f"{known} came more than once{more}")

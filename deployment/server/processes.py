@@ -3,12 +3,16 @@
 import contextlib
 import os
 import random
+import re
 import signal
 import socket
 import stat
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 # Its input ends with the process that started it, however that ended: then the process group $1 has ten seconds to end.
@@ -34,6 +38,12 @@ def free_ports(n: int) -> list[int]:
             if len(ports) == n:
                 return ports
     raise OSError(f"no {n} free ports between 20000 and 32000 on 127.0.0.1")
+
+
+def own_route(variable: str) -> str | None:
+    """The path that the environment's `variable` names for requests; None where it names none that can be one."""
+    path = os.environ.get(variable, "")
+    return path if path.startswith("/") and not set(path) & set("{}? ") else None
 
 
 def reserve_port(host: str, port: int) -> socket.socket:
@@ -84,6 +94,36 @@ def stop(server: subprocess.Popen) -> None:
         server.wait()
     with contextlib.suppress(ProcessLookupError):
         os.killpg(server.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def printed() -> Iterator[tuple[int, deque[str]]]:
+    """A file for the output of children, which is printed as it comes, and the last lines of it."""
+    reading, writing = os.pipe()
+    said = deque(maxlen=1000)
+
+    def pass_on() -> None:
+        with open(reading, "rb") as output:
+            for line in output:
+                said.append(line.decode(errors="replace"))
+                with contextlib.suppress(OSError, ValueError):  # nobody reads it any more, and children must not wait
+                    sys.stdout.buffer.write(line)
+                    sys.stdout.buffer.flush()
+
+    printer = threading.Thread(target=pass_on, daemon=True)
+    printer.start()
+    try:
+        yield writing, said
+    finally:
+        os.close(writing)
+        printer.join(5)
+
+
+def last_error(said: Iterable[str]) -> str:
+    """What the last stack trace that workers printed ends with."""
+    lines = [line.partition(" MODEL_LOG - ")[2].rstrip() for line in said if " MODEL_LOG - " in line]
+    traces = re.findall(r"^Traceback .*\n(?:[ \t].*\n|\n)+(\S.*)", "\n".join(lines), re.M)
+    return traces[-1] if traces else "its worker ended without saying why; the system may have ended it for its memory"
 
 
 def own_folder() -> Path:

@@ -2,29 +2,47 @@
 
 TorchServe alone drops the requests in flight on SIGTERM, and its `/ping` answers with 200 seconds before a worker is
 ready. So `run` stays as the parent of its Java process, and lets the workers finish first; `is_ready` asks the
-management API; `open_when_ready` keeps a port closed until then.
+management API.
 """
 
-import asyncio
 import contextlib
 import importlib.util
 import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..archive import find_archive, runtime_of
 from ..runtime import cores, gpus
-from .processes import free_ports, reserve_port, started
+from .processes import free_ports, last_error, printed, reserve_port, started
+
+# What is honored of the variables that TorchServe reads. Every other setting is in config.properties or an option of
+# `python -m deployment.serve`; left in a shell or an image, such a variable could open an address or an API.
+HONORED = (
+    "TS_DEFAULT_WORKERS_PER_MODEL",
+    "TS_DEFAULT_RESPONSE_TIMEOUT",
+    "TS_DEFAULT_STARTUP_TIMEOUT",
+    "TS_JOB_QUEUE_SIZE",
+)
+IGNORED = (
+    "LOG_LOCATION",
+    "METRICS_LOCATION",
+    "TEMP",
+    "CLASSPATH",
+    "JAVA_TOOL_OPTIONS",
+    "JDK_JAVA_OPTIONS",
+    "_JAVA_OPTIONS",
+)
+LOAD_ATTEMPTS = 3  # of each worker, after which the server ends
 
 CONFIG = Path(__file__).with_name("config.properties")
 LOG_CONFIG = Path(__file__).with_name("log4j2.xml")
@@ -45,6 +63,11 @@ def workers_and_threads(runtime: str = "eager") -> tuple[int, int]:
         raise ValueError("TS_DEFAULT_WORKERS_PER_MODEL must not be negative")
     workers = workers or gpus() or (1 if runtime == "openvino" else min(cores(), 4))
     return workers, max(1, cores() // workers)
+
+
+def ignored_variables() -> list[str]:
+    """The names of what is set in the environment and has no effect on TorchServe: `command` leaves it out."""
+    return sorted(n for n in os.environ if n in IGNORED or n.startswith("TS_") and n not in HONORED)
 
 
 def java() -> str:
@@ -88,13 +111,14 @@ def command(
     port: int = 8080,
     management_port: int = 8081,
     metrics_port: int = 8082,
+    metrics_host: str = "127.0.0.1",
     auth: bool = False,
     name: str | None = None,
 ) -> tuple[list[str], dict[str, str]]:
     """The command that runs TorchServe in the foreground, and its environment.
 
-    Only the inference address is at `host`; management, metrics and gRPC stay on loopback. `name` is as in
-    `find_archive`.
+    Only the inference address is at `host`, and that of the metrics at `metrics_host`; management and gRPC stay on
+    loopback. `name` is as in `find_archive`.
 
     Raises:
         FileNotFoundError: `model_store` holds no such archive, or there is no Java or no TorchServe.
@@ -102,7 +126,7 @@ def command(
         zipfile.BadZipFile: the archive is damaged.
     """
     archive, name = find_archive(model_store, name)
-    for address, number in ((host, port), ("127.0.0.1", management_port), ("127.0.0.1", metrics_port)):
+    for address, number in ((host, port), ("127.0.0.1", management_port), (metrics_host, metrics_port)):
         reserve_port(address, number).close()
     folder = jars()
     # For some ten requests a second Java's second compiler and parallel collector cost more than they bring.
@@ -110,6 +134,7 @@ def command(
         java(),
         "-XX:TieredStopAtLevel=1",
         "-XX:+UseSerialGC",
+        "-XX:+ExitOnOutOfMemoryError",  # or it stays, and answers nothing
         f"-Dmodel_server_home={folder.parents[1]}",
         f"-Dlog4j.configurationFile={LOG_CONFIG.as_uri()}",
     ]
@@ -117,10 +142,12 @@ def command(
     argv += ["-f", str(CONFIG), "-s", str(archive.parent), "-ncs", "-m", f"{name}={archive.name}"]
     grpc, grpc_management, worker = free_ports(3)
     workers, threads = workers_and_threads(runtime_of(archive))
-    env = os.environ | {
+    kept = {key: value for key, value in os.environ.items() if key not in ignored_variables()}
+    env = kept | {
+        "LC_ALL": "C.UTF-8",  # Java opens no file with an umlaut in its path where the locale is C
         "TS_INFERENCE_ADDRESS": f"http://{host}:{port}",
         "TS_MANAGEMENT_ADDRESS": f"http://127.0.0.1:{management_port}",
-        "TS_METRICS_ADDRESS": f"http://127.0.0.1:{metrics_port}",
+        "TS_METRICS_ADDRESS": f"http://{metrics_host}:{metrics_port}",
         "TS_GRPC_INFERENCE_PORT": str(grpc),
         "TS_GRPC_MANAGEMENT_PORT": str(grpc_management),
         "TS_INITIAL_WORKER_PORT": str(worker),
@@ -172,7 +199,8 @@ def model_status(management_port: int, folder: Path | str = ".", name: str = "fa
     Raises:
         OSError: nobody answers, or not with 200 (the error is urllib's HTTPError then).
     """
-    request = urllib.request.Request(f"http://127.0.0.1:{management_port}/models/{name}")
+    path = urllib.parse.quote(f"/models/{name}")
+    request = urllib.request.Request(f"http://127.0.0.1:{management_port}{path}")
     with contextlib.suppress(FileNotFoundError):  # TorchServe writes it when it asks for tokens
         keys = json.loads(Path(folder, "key_file.json").read_text())
         request.add_header("Authorization", f"Bearer {keys['management']['key']}")
@@ -222,39 +250,31 @@ def drain(management_port: int, folder: Path | str, name: str, timeout: float = 
 
 
 def run(argv: list[str], env: dict[str, str], management_port: int, folder: Path | str, name: str) -> int:
-    """TorchServe in the foreground, until it ends or SIGTERM or SIGINT comes; returns the exit status."""
-    stopping = threading.Event()
+    """TorchServe in the foreground, until it ends or SIGTERM or SIGINT comes; returns the exit status.
+
+    Raises:
+        RuntimeError: its workers cannot load the model; the message says why. TorchServe alone would try for ever, and
+            say that it is healthy.
+    """
+    stopping, seen, ready = threading.Event(), set(), False
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
-    with started(argv, env, cwd=folder) as server:
-        while server.poll() is None and not stopping.wait(0.2):
-            pass
+    with printed() as (output, said), started(argv, env, cwd=folder, stdout=output, stderr=output) as server:
+        while server.poll() is None and not stopping.wait(0.5):
+            if not ready and (workers := workers_of(management_port, folder, name)):
+                ready = any(worker["status"] == "READY" for worker in workers)
+                seen |= {worker["pid"] for worker in workers if worker["pid"] > 0}
+                if not ready and len(seen) > LOAD_ATTEMPTS * len(workers):
+                    raise RuntimeError(f"the model cannot be loaded: {last_error(said)}")
         if not stopping.is_set():
             return server.returncode
         drain(management_port, folder, name)
     return 0
 
 
-def open_when_ready(public: socket.socket, port: int, management_port: int, folder: Path | str, name: str) -> None:
-    """Let `public` listen once a worker is ready, and pass each of its connections on to loopback's `port`."""
-    while not is_ready(management_port, folder, name):
-        time.sleep(0.2)
-
-    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
-            while data := await reader.read(2**16):
-                writer.write(data)
-                await writer.drain()
-            writer.write_eof()
-
-    async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.closing(writer), contextlib.suppress(OSError):
-            there_reader, there_writer = await asyncio.open_connection("127.0.0.1", port)
-            with contextlib.closing(there_writer):
-                await asyncio.gather(copy(reader, there_writer), copy(there_reader, writer))
-
-    async def listen() -> None:
-        async with await asyncio.start_server(connect, sock=public) as server:
-            await server.serve_forever()
-
-    asyncio.run(listen())
+def workers_of(management_port: int, folder: Path | str, name: str) -> list[dict]:
+    """What TorchServe says of its workers; none where it says nothing."""
+    try:
+        return model_status(management_port, folder, name)["workers"]
+    except (OSError, ValueError):
+        return []
