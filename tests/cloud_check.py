@@ -66,7 +66,7 @@ def run_chapter(image: str, bucket: str, name: str, seen: dict) -> None:
     assert aiplatform.Model(name).version_id == "1", "the canary took the alias default"
     endpoint = ai_platform.deploy(name, machine=MACHINE, share=50)
     assert sorted(endpoint.traffic_split.values()) == [50, 50]
-    seen["endpoint"] = json.loads(types.Endpoint.to_json(endpoint.gca_resource))
+    seen["endpoint"] = json.loads(types.Endpoint.to_json(endpoint.gca_resource, use_integers_for_enums=False))
     ai_platform.traffic({"1": 100}, name, undeploy=True)
     assert [d.model_version_id for d in endpoint.list_models()] == ["1"]
     assert aiplatform.Model(name).version_id == "1", "the alias default is not on the good version"
@@ -75,7 +75,7 @@ def run_chapter(image: str, bucket: str, name: str, seen: dict) -> None:
     (row,) = ai_platform.batch_results(folder)
     assert (ai_platform.mask(row["prediction"]) == mask).mean() > 0.999, "the job's mask is another"
     (job,) = aiplatform.BatchPredictionJob.list(filter=f'display_name="{name}"')
-    seen["job"] = json.loads(types.BatchPredictionJob.to_json(job.gca_resource))
+    seen["job"] = json.loads(types.BatchPredictionJob.to_json(job.gca_resource, use_integers_for_enums=False))
     print("what stays, and how to remove it:", *ai_platform.left_over(name), sep="\n  ")
 
 

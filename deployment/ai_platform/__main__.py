@@ -37,15 +37,16 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if named else super()._get_help_string(action)
 
 
-def label(text: str) -> tuple[str, str]:
-    """`KEY=VALUE` as a pair, for argparse."""
-    key, equals, value = text.partition("=")
-    if not key or not equals:
-        raise argparse.ArgumentTypeError(f"{text} is not KEY=VALUE")
-    return key, value
+def key_values(text: str) -> dict[str, str]:
+    """`KEY=VALUE,KEY=VALUE` as a dictionary, for argparse."""
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if not all(key and equals for key, equals, _ in pairs):
+        raise argparse.ArgumentTypeError(f"{text} is not KEY=VALUE,…")
+    return {key: value for key, _, value in pairs}
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+def shared_options() -> tuple[argparse.ArgumentParser, ...]:
+    """The options that several commands have: of all, of machines, of what is made, of answers."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--name", default="fastunet", help="name of the model and of the endpoint")
     common.add_argument("--project", help="Google Cloud project (default: the credentials' own)")
@@ -59,13 +60,17 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     machines.add_argument("--service-account", help="that the container runs as (default: one without rights)")
     made = argparse.ArgumentParser(add_help=False)
     made.add_argument("--kms-key", metavar="projects/…/cryptoKeys/…", help="key of Cloud KMS that encrypts it")
-    made.add_argument("--labels", type=label, nargs="+", metavar="KEY=VALUE", help="labels, as for the bill")
+    made.add_argument("--labels", type=key_values, metavar="KEY=VALUE,…", help="labels, as for the bill")
     answers = argparse.ArgumentParser(add_help=False)
     answers.add_argument("--format", choices=["png", "overlay"], help="write masks (.png) or overlays (.jpg) to --out")
     answers.add_argument("--size", choices=["original"], help="masks at the photos' own size")
     answers.add_argument("--top", type=int, help="only so many probabilities, the highest")
     answers.add_argument("--out", type=Path, default=".", help="folder for the pictures")
+    return common, machines, made, answers
 
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    common, machines, made, answers = shared_options()
     about = "Host the serving image on Google Cloud: Vertex AI, now Gemini Enterprise Agent Platform."
     parser = argparse.ArgumentParser(prog="python -m deployment.ai_platform", description=about)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -119,8 +124,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     common = {"command", "project", "location", "api_endpoint", "verbose"}
     options = {key: value for key, value in vars(args).items() if key not in common and value is not None}
-    if labels := options.pop("labels", None):
-        options["labels"] = dict(labels)
     match args.command:
         case "upload":
             model = upload(**options)

@@ -25,20 +25,8 @@ def remedy(
     match error, command:
         case (auth.DefaultCredentialsError() | auth.RefreshError() | exceptions.Unauthenticated(), _):
             return "gcloud auth application-default login"
-        case (exceptions.PermissionDenied(reason="SERVICE_DISABLED"), _):
-            return f"gcloud services enable aiplatform.googleapis.com --project={project}"
-        case (exceptions.PermissionDenied(reason="BILLING_DISABLED"), _):
-            return f"gcloud billing projects link {project} --billing-account=ACCOUNT"
-        case (exceptions.PermissionDenied(reason="USER_PROJECT_DENIED"), _):
-            return f"gcloud auth application-default set-quota-project {project}"
-        case (exceptions.PermissionDenied(), "predict"):  # a caller needs no more than this
-            return (
-                f"gcloud iam roles create fastunetCaller --project={project} --permissions={CALLER}\n"
-                f"       gcloud projects add-iam-policy-binding {project} --member=user:YOU "
-                f"--role=projects/{project}/roles/fastunetCaller"
-            )
         case (exceptions.PermissionDenied(), _):
-            return f"gcloud projects add-iam-policy-binding {project} --member=user:YOU --role=roles/aiplatform.user"
+            return permission(error.reason, command, project)
         case (exceptions.TooManyRequests(), "predict"):
             return "again in some minutes: a version with --min-replicas 0 starts, or all replicas are busy"
         case (exceptions.TooManyRequests(), _):
@@ -68,6 +56,24 @@ def remedy(
         case (exceptions.ServiceUnavailable() | exceptions.DeadlineExceeded(), _):
             return f"check the network and --location, then {ME} list"
     return ""
+
+
+def permission(reason: str | None, command: str, project: str) -> str:
+    """What to do where a call is not permitted, for a `reason` of the service's or for want of a role."""
+    match reason:
+        case "SERVICE_DISABLED":
+            return f"gcloud services enable aiplatform.googleapis.com --project={project}"
+        case "BILLING_DISABLED":
+            return f"gcloud billing projects link {project} --billing-account=ACCOUNT"
+        case "USER_PROJECT_DENIED":
+            return f"gcloud auth application-default set-quota-project {project}"
+    if command == "predict":  # a caller needs no more than this
+        return (
+            f"gcloud iam roles create fastunetCaller --project={project} --permissions={CALLER}\n"
+            f"       gcloud projects add-iam-policy-binding {project} --member=user:YOU "
+            f"--role=projects/{project}/roles/fastunetCaller"
+        )
+    return f"gcloud projects add-iam-policy-binding {project} --member=user:YOU --role=roles/aiplatform.user"
 
 
 def more_quota(project: str, location: str, accelerator: str | None, max_replicas: int | None) -> str:

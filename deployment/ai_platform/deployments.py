@@ -4,7 +4,7 @@ import copy
 import logging
 from typing import TYPE_CHECKING
 
-from .client import ACCELERATORS, check_gpu, find_endpoint, get_model, promote, set_sdk_level
+from .client import ACCELERATORS, check_gpu, find_endpoint, get_endpoint, get_model, promote, set_sdk_level
 from .progress import limited, progress
 
 if TYPE_CHECKING:
@@ -45,47 +45,32 @@ def deploy(
 ) -> "aiplatform.Endpoint":
     """Deploys a version of the model (default: the newest) to the endpoint `name`, which it makes where there is none.
 
-    A version that the endpoint has on such a machine already is not deployed once more: its replicas and its target
-    become what is given here, and stay as they are where nothing is given.
+    A version that runs there is not deployed once more: its replicas and its target become what is given here, and
+    stay as they are where nothing is given. A version that has all of the traffic becomes the model's `default`.
 
     Args:
-        accelerator: one of `ACCELERATORS`, one per replica; by default that of the version where it runs, else none.
-        machine: the machine type; by default that of the version where it runs, else the smallest that carries the
-            accelerator.
-        min_replicas: 1 by default. 0 lets the last replica go when no request came for a while, and costs nothing then.
-            Requests fail until one runs again, for minutes. (A preview: the SDK's `preview`, API v1beta1.)
+        accelerator, machine: one of `ACCELERATORS`, one per replica, and the machine type; by default those of the
+            version where it runs, else no GPU, and the smallest machine that carries the accelerator.
+        min_replicas: 1 by default. 0 lets the last replica go when no request came for `idle_after` seconds (300 to
+            28,800), and costs nothing then. Requests fail until one runs again, for minutes. (A preview: API v1beta1.)
         max_replicas: 1 by default. The quota must hold so many.
-        scale_on: what adds replicas: `cpu` or `gpu` use, or `requests`; by default the GPU where there is one, else the
-            CPU. On a machine with a GPU the service looks at both, whichever is higher; the other one's target is 60.
-        target: percent of use at which replicas are added, 60 by default; of `requests` how many a minute each replica
-            takes, which has no default.
-        idle_after: with `min_replicas` 0, the seconds without a request after which the last replica goes, 300 to
-            28,800 (default: the service's).
-        share: percent of the traffic for this version, taken from the others alike (default: all of it on a new
-            endpoint, none on one that serves already). With all of it the version becomes the model's `default`.
+        scale_on: what adds replicas, of `METRICS`; by default the GPU's use where there is one, else the CPU's. On a
+            machine with a GPU the service looks at both, whichever is higher; the other one's target is 60.
+        target: percent of use, 60 by default; of `requests` how many a minute each replica takes, which has no default.
+        share: percent of the traffic, taken from the others alike (default: all on a new endpoint, else none).
         shared: make a shared endpoint: requests of 1.5 MB and 60 s, where a dedicated one takes 10 MB and 10 minutes.
         spot: on Spot machines, which are cheaper and may be taken away at any time.
         service_account: that the container runs as, by default one without rights in the project.
-        kms_key: a key of Cloud KMS that encrypts the endpoint; the version must have been uploaded with it.
-        inference_timeout: seconds that a dedicated endpoint waits for an answer, 3600 at most.
-        labels: of the endpoint; an endpoint that exists gets them in place of those it has.
-        log_to: BigQuery table `bq://project.dataset.table` for requests and answers, `log_rate` of them (0 to 1).
+        kms_key, inference_timeout, labels, log_to, log_rate: of the endpoint, see `endpoint_for`.
 
     Raises:
-        ValueError: `shared`, `log_to`, `kms_key` or `inference_timeout` for an endpoint that exists without it (they
-            are settled at its creation), another `share` for a version that is deployed already, `spot` with no
-            `min_replicas`, `min_replicas` 0 for a version that is deployed with more, or the other way round, a target
-            or an idle time that cannot be, or a version that needs a GPU on a machine without one.
+        ValueError: options that do not go together, or that a version or an endpoint that exists cannot get in place.
     """
-    from google.cloud import aiplatform
-
     check_options(scale_on, target, min_replicas, spot, idle_after)
-    model = get_model(name, version)
-    endpoint = find_endpoint(name)
+    model, endpoint = get_model(name, version), find_endpoint(name)
     deployed = endpoint and find_deployed(endpoint, model.version_id, accelerator, machine, spot, service_account)
-    gpu, carrier = ACCELERATORS[accelerator or "none"]
     if not deployed:
-        check_gpu(model, gpu)
+        check_gpu(model, ACCELERATORS[accelerator or "none"][0])
     settled = {"shared": shared, "log_to": log_to, "kms_key": kms_key, "inference_timeout": inference_timeout}
     endpoint = endpoint_for(name, endpoint, log_rate=log_rate, labels=labels, **settled)
     scaling = {"min_replicas": min_replicas, "max_replicas": max_replicas, "scale_on": scale_on, "target": target}
@@ -93,8 +78,13 @@ def deploy(
         rescale(endpoint, deployed, share, **scaling)
     else:
         options = {"spot": spot, "idle_after": idle_after, "service_account": service_account}
-        deploy_new(endpoint, model, machine or carrier, gpu, share=share, **scaling, **options)
-    endpoint = aiplatform.Endpoint(endpoint.resource_name)
+        deploy_new(endpoint, model, accelerator or "none", machine, share=share, **scaling, **options)
+    return with_default(name)
+
+
+def with_default(name: str) -> "aiplatform.Endpoint":
+    """The endpoint as it is now; a version with all of its traffic becomes the model's `default`."""
+    endpoint = get_endpoint(name)
     for deployed in endpoint.list_models():
         if endpoint.traffic_split.get(deployed.id) == 100:
             promote(name, deployed.model_version_id)
@@ -126,8 +116,14 @@ def endpoint_for(
 ) -> "aiplatform.Endpoint":
     """The endpoint `name` of the kind that `deploy` is asked for: the one that exists, or a new one.
 
+    Args:
+        log_to: BigQuery table `bq://project.dataset.table` for requests and answers, `log_rate` of them (0 to 1).
+        kms_key: a key of Cloud KMS, `projects/…/cryptoKeys/…`; the version must have been uploaded with it.
+        inference_timeout: seconds that a dedicated endpoint waits for an answer, 3600 at most (default: 600).
+        labels: an endpoint that exists gets them in place of those it has.
+
     Raises:
-        ValueError: there is one of another kind.
+        ValueError: there is one of another kind; all but the labels is settled when it is made.
     """
     from google.cloud import aiplatform
 
@@ -199,8 +195,8 @@ def metric_of(scale_on: str | None, gpu: object) -> tuple[str, str]:
 def deploy_new(
     endpoint: "aiplatform.Endpoint",
     model: "aiplatform.Model",
-    machine: str,
-    gpu: str | None,
+    accelerator: str,
+    machine: str | None,
     *,
     share: int | None,
     spot: bool,
@@ -221,13 +217,14 @@ def deploy_new(
         options = {"initial_replica_count": 1, "idle_scaledown_period": idle_after}
         model = preview.Model(model.name, version=model.version_id)
         endpoint = preview.Endpoint(endpoint.resource_name)
+    gpu, carrier = ACCELERATORS[accelerator]
     argument, _ = metric_of(scale_on, gpu)
     what = f"deploying version {model.version_id} to endpoint {endpoint.display_name} (often 5 to 15 minutes)"
     stop = f"python -m deployment.ai_platform delete --name {endpoint.display_name}, once it is deployed"
     with progress(what, stop):
         model.deploy(
             endpoint,
-            machine_type=machine,
+            machine_type=machine or carrier,
             accelerator_type=gpu,
             accelerator_count=1 if gpu else None,
             min_replica_count=min_replicas,

@@ -18,7 +18,7 @@ from .client import ACCELERATORS, check_gpu
 from .progress import limited, progress
 
 if TYPE_CHECKING:
-    from google.cloud import storage
+    from google.cloud import aiplatform, storage
 
 # What the container takes in one request. The service makes requests of `batch_size` lines, whatever their sizes.
 MAX_INSTANCES = 64  # protocol.MAX_INSTANCES
@@ -53,17 +53,15 @@ def batch(
     Its rows come in no order; those of image files bear their names.
 
     Args:
-        source: image files, which are sent to `destination` as JSONL first, or `gs://` files in that form: one
-            `{"b64": …}` a line.
-        version: version or alias of the model, by default the one that is called `default`.
+        source: image files, sent to `destination` as JSONL first, or `gs://` files of such lines, `{"b64": …}` each.
+        version: version or alias, by default `default`.
         replicas: machines, from the start to the end: batch jobs do not autoscale.
         batch_size: lines in one request; by default as many as the container takes, whichever they are. Lines in
             Cloud Storage are read through for that. Set it for a model that sees more than 880 × 880 pixels, where
             small photos count for more than they have.
         max_pixels: what the container takes in one request, where the model's configuration says another number.
-        service_account: that the container runs as, by default one without rights in the project.
-        kms_key: a key of Cloud KMS that encrypts what the job keeps.
-        labels: of the job.
+        service_account, kms_key, labels: who the container is (by default nobody with rights in the project), the key
+            of Cloud KMS that encrypts what the job keeps, its labels.
         parameters: the server's `format` and `size`.
 
     Raises:
@@ -76,33 +74,45 @@ def batch(
     model = aiplatform.Model(name, version=version)
     gpu, carrier = ACCELERATORS[accelerator]
     check_gpu(model, gpu)
-    inputs = [str(s) for s in source if str(s).startswith("gs://")]
-    files = [Path(s) for s in source if not str(s).startswith("gs://")]
-    check_sizes(files)
-    client = storage_client()
-    sizes = [size for uri in inputs for size in measure(uri, client)] if batch_size is None else []
-    if files:
-        uri = f"{destination.rstrip('/')}/input-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
-        sizes += send(files, uri, client)
-        inputs.append(uri)
+    inputs, sizes = gather(source, destination, measured=batch_size is None)
+    machines = {"machine_type": machine or carrier, "accelerator_type": gpu, "accelerator_count": 1 if gpu else None}
+    machines |= {"starting_replica_count": replicas, "max_replica_count": replicas}  # the latter is not looked at
     job = aiplatform.BatchPredictionJob.submit(
         job_display_name=name,
         model_name=model.versioned_resource_name,
         gcs_source=inputs,
         gcs_destination_prefix=destination,
         model_parameters=parameters or None,
-        machine_type=machine or carrier,
-        accelerator_type=gpu,
-        accelerator_count=1 if gpu else None,
-        starting_replica_count=replicas,
-        max_replica_count=replicas,  # not used, but no fewer than at the start
         batch_size=batch_size or lines_per_request(sizes, max_pixels),
         service_account=service_account,
         encryption_spec_key_name=kms_key,
         labels=labels,
         create_request_timeout=60,
+        **machines,
     )
-    what = f"batch prediction with version {model.version_id} (often 10 minutes before the first image)"
+    return wait_for(job, model.version_id)
+
+
+def gather(source: Sequence[Path | str], destination: str, measured: bool) -> tuple[list[str], list[tuple[int, int]]]:
+    """The `gs://` files with all lines of `source`, and the bytes and pixels of each; image files are sent first.
+
+    What lies in Cloud Storage is read for that only where it is to be `measured`.
+    """
+    inputs = [str(s) for s in source if str(s).startswith("gs://")]
+    files = [Path(s) for s in source if not str(s).startswith("gs://")]
+    check_sizes(files)
+    client = storage_client()
+    sizes = [size for uri in inputs for size in measure(uri, client)] if measured else []
+    if files:
+        uri = f"{destination.rstrip('/')}/input-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
+        sizes += send(files, uri, client)
+        inputs.append(uri)
+    return inputs, sizes
+
+
+def wait_for(job: "aiplatform.BatchPredictionJob", version: str) -> str:
+    """The folder with the job's results, once it has ended; RuntimeError where it ended without any."""
+    what = f"batch prediction with version {version} (often 10 minutes before the first image)"
     with progress(what, stop="python -m deployment.ai_platform delete, which cancels the job first"):
         while (state := job.state.name) not in ENDED:
             time.sleep(WAIT)
