@@ -2,7 +2,7 @@
 # checkout may lie anywhere.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test serve page page-test bench gpu-check soak image image-test notebooks lint clean
+.PHONY: help demo test serve page page-test cloud-check bench gpu-check soak image image-test notebooks lint clean
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # What Python compiles of .venv is kept there, whatever the shell says: it halves the start of everything after the first.
@@ -54,6 +54,10 @@ image-test: .venv/installed ## build the same image with buildah, run it, and se
 
 notebooks: .venv/installed ## run all five notebooks and write their outputs into them: DATA=
 	@$(PY) notebook/run.py 01 02 03 04 05 -p DATA "$(DATA)"
+
+cloud-check: .venv/installed ## run the cloud chapter on Google Cloud, once, for about a dollar: PROJECT= LOCATION= IMAGE= BUCKET=
+	@if [ -z "$(PROJECT)" ]; then echo "error: make cloud-check PROJECT=…" >&2; exit 1; fi; \
+	$(PY) -m tests.cloud_check $(PROJECT) $(if $(LOCATION),--location $(LOCATION)) $(if $(IMAGE),--image $(IMAGE)) $(if $(BUCKET),--bucket $(BUCKET))
 
 lint: .venv/installed ## check the style
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .

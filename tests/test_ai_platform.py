@@ -1,27 +1,36 @@
 """The Vertex AI client, through the unmodified SDK, against the stand-in and the real server behind it."""
 
+import inspect
 import json
 import logging
 import random
+import re
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from google.api_core import exceptions
+from google.api_core.future import polling
 from google.cloud import aiplatform, storage
+from google.cloud.aiplatform_v1 import types
 from google.oauth2.credentials import Credentials
+from google.rpc import error_details_pb2
 from PIL import Image
 
 from deployment import ai_platform
-from deployment.ai_platform import jobs
-from deployment.ai_platform.__main__ import main, remedy
+from deployment.ai_platform import jobs, progress
+from deployment.ai_platform.__main__ import main
+from deployment.ai_platform.advice import remedy
 from deployment.ai_platform.client import known_endpoints
 from deployment.archive import fetch
 from deployment.runtime import cores
 from deployment.server.torchserve import workers_and_threads
+from tests import cloud_check
 from tests.conftest import draw_photo, encoded, learner_masks
-from tests.vertex_stand_in import vertex_ai
+from tests.test_gcloud import parsed
+from tests.vertex_stand_in import passes, vertex_ai
 
 # on uvicorn, which starts sooner; on TorchServe among the long tests
 LONG = pytest.param("torchserve", marks=pytest.mark.soak)
@@ -35,6 +44,9 @@ def stand_in(model_store, next_version, tmp_path_factory):
     images = {f"{IMAGE}:1": model_store, f"{IMAGE}:2": next_version, f"{IMAGE}:empty": empty}
     with pytest.MonkeyPatch.context() as environment, vertex_ai(images) as service:
         environment.setenv("TS_DEFAULT_WORKERS_PER_MODEL", "1")
+        environment.setattr(polling.DEFAULT_POLLING, "_initial", 0.1)  # seconds between looks at an operation
+        environment.setattr(polling.DEFAULT_POLLING, "_maximum", 0.5)
+        environment.setattr(jobs, "WAIT", 0.3)
         ai_platform.connect()
         yield service
         running = [container.process for container in service.containers.values()]
@@ -75,6 +87,9 @@ def reference(stand_in, learner, model_store, next_version, kind):
         learner.model.load_state_dict(torch.load(stores["1"] / "fastunet.pth", weights_only=True))
 
 
+@pytest.mark.parametrize(
+    "kind", ["torchserve", pytest.param("uvicorn", marks=pytest.mark.soak)], indirect=True, scope="session"
+)
 def test_canary_from_upload_to_clean_up(service, photos, reference, tmp_path, capsys):
     def served(version: str) -> bool:
         masks = [ai_platform.mask(ai_platform.predict([photo])[0]) for photo in photos]
@@ -91,7 +106,11 @@ def test_canary_from_upload_to_clean_up(service, photos, reference, tmp_path, ca
     with pytest.raises(ValueError, match="deployed with 100 % of the traffic"):
         ai_platform.deploy(share=50)
 
+    def default() -> str:
+        return aiplatform.Model("fastunet").version_id
+
     assert ai_platform.upload(f"{IMAGE}:2").version_id == "2"
+    assert default() == "1"  # the canary is not what others get who ask for the model
     assert ai_platform.deploy(accelerator="T4", spot=True).resource_name == endpoint.resource_name
     assert "uploaded as an image for the CPU" in capsys.readouterr().out
     assert served("1")  # deployed without traffic
@@ -102,6 +121,15 @@ def test_canary_from_upload_to_clean_up(service, photos, reference, tmp_path, ca
     main(["predict", *map(str, files), "--format=png", "--size=original", f"--out={out}"])
     assert sorted(p.name for p in out.iterdir()) == ["0.png", "1.png"]
     assert Image.open(out / "1.png").size == Image.open(files[1]).size
+    assert np.array_equal(ai_platform.mask(ai_platform.predict_raw(files[0])), reference("1", photos[0]))
+    main(["predict", "--raw", *map(str, files), "--format=png", f"--out={tmp_path / 'raw'}"])
+    for file, photo in zip(files, photos, strict=False):
+        assert np.array_equal(Image.open(tmp_path / "raw" / file.name), reference("1", photo))
+    capsys.readouterr()
+    (tmp_path / "none.png").write_bytes(b"no photo")
+    with pytest.raises(SystemExit, match="1 of 2 photo"):
+        main(["predict", "--raw", str(tmp_path / "none.png"), str(files[1])])
+    assert "not an image" in capsys.readouterr().out
     random.seed(0)  # the stand-in draws each request's version
     ai_platform.traffic({"1": 50, "2": 50})
     endpoint = aiplatform.Endpoint(endpoint.resource_name)
@@ -111,9 +139,10 @@ def test_canary_from_upload_to_clean_up(service, photos, reference, tmp_path, ca
         assert np.array_equal(ai_platform.mask(a.predictions[0]), reference(a.model_version_id, photos[0]))
 
     ai_platform.traffic({"1": 100})
-    assert served("1")
+    assert served("1") and default() == "1"
     ai_platform.traffic({"2": 100}, undeploy=True)
-    assert served("2")
+    assert served("2") and default() == "2"
+    assert "version 2 of fastunet is `default` now, in place of 1" in capsys.readouterr().out
     assert len(endpoint.list_models()) == len(service.containers) == 1
     with pytest.raises(ValueError, match="version 1 is not deployed"):
         ai_platform.traffic({"1": 100})
@@ -144,7 +173,7 @@ def test_large_photos_need_a_dedicated_endpoint(service, next_version, reference
     with pytest.raises(exceptions.NotFound):
         ai_platform.predict([b""], name="large")
 
-    ai_platform.deploy("large", min_replicas=0, max_replicas=2)  # scale to zero, by v1beta1
+    ai_platform.deploy("large", min_replicas=0, max_replicas=2, idle_after=600)  # scale to zero, by v1beta1
     assert "n1-standard-4  0 to 2 replica(s)" in ai_platform.overview("large")
     with pytest.raises(ValueError, match="dedicated one already"):
         ai_platform.deploy("large", shared=True)
@@ -154,20 +183,24 @@ def test_large_photos_need_a_dedicated_endpoint(service, next_version, reference
         ai_platform.predict([b"no photo"], name="large")
     answer = ai_platform.predict([large], name="large")
     assert np.array_equal(ai_platform.mask(answer[0]), reference("2", large))
+    larger = encoded(Image.fromarray(np.random.default_rng(1).integers(0, 256, (1600, 1700, 3), np.uint8)))
+    assert 8e6 < len(larger) < 10e6  # as base64 it is too large
+    with pytest.raises(ValueError, match="10.90 MB, and this endpoint takes 10.0 MB"):
+        ai_platform.predict([larger], name="large")
+    assert np.array_equal(ai_platform.mask(ai_platform.predict_raw(larger, name="large")), reference("2", larger))
     ai_platform.delete("large")
 
 
 @quicker
-def test_batch_of_large_photos(service, reference, tmp_path, monkeypatch, capsys):
+def test_batch_of_large_photos(service, reference, tmp_path, capsys):
     """64 photos of two megapixels are more than one request may hold, and one file is no photo."""
-    monkeypatch.setattr(aiplatform.jobs, "_JOB_WAIT_TIME", 0.5)  # seconds between the SDK's looks at the job
     ai_platform.upload(f"{IMAGE}:1", name="batch")
     files = [tmp_path / "photos" / f"{i:02}.png" for i in range(64)]
     files[0].parent.mkdir()
     for i, file in enumerate(files):
         Image.new("RGB", (1920, 1080), (4 * i, 255 - 4 * i, i)).save(file, compress_level=1)
     files[7].write_bytes(b"no photo")
-    command = ["batch", "--name=batch", "--to=gs://local-bucket/out", "--machine=n1-standard-2"]
+    command = ["batch", "--name=batch", "--to=gs://local-bucket/out", "--machine=n1-standard-2", "--replicas=2"]
     with pytest.raises(SystemExit, match="1 of 64 photo"):
         main([*command, *map(str, files)])
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
@@ -175,6 +208,7 @@ def test_batch_of_large_photos(service, reference, tmp_path, monkeypatch, capsys
     [job] = service.jobs.values()
     assert job.manual_batch_tuning_parameters.batch_size == 24  # 50 million pixels; the service's default is 64
     assert job.completion_stats.successful_count == 64
+    assert job.dedicated_resources.starting_replica_count == 2  # the other number is not looked at
     rows = {row["instance"]["name"]: row for row in ai_platform.batch_results(job.output_info.gcs_output_directory)}
     with pytest.raises(ValueError, match="got no mask: not an image"):
         ai_platform.mask(rows[str(files[7])]["prediction"])
@@ -193,11 +227,34 @@ def test_batch_of_large_photos(service, reference, tmp_path, monkeypatch, capsys
     folder = ai_platform.batch(["gs://local-bucket/two.jsonl"], "gs://local-bucket/out", "batch", batch_size=1)
     good, bad = ai_platform.batch_results(folder)  # a request that failed is in a file of its own
     assert ai_platform.error_in(good) is None and "not an image" in ai_platform.error_in(bad)
+    assert bad["instance"] == {} and "Exceeded retries: Non-OK result 400" in bad["error"]["message"]
     with pytest.raises(FileNotFoundError, match="no gs://local-bucket/none.jsonl"):
         ai_platform.batch(["gs://local-bucket/none.jsonl"], "gs://local-bucket/out", "batch")
     with pytest.raises(RuntimeError, match="404"):
         ai_platform.batch(["gs://local-bucket/none.jsonl"], "gs://local-bucket/out", "batch", batch_size=1)
-    assert len(ai_platform.delete("batch")) == 5
+
+    running = aiplatform.BatchPredictionJob.submit(
+        job_display_name="batch", model_name="batch", gcs_source=source, gcs_destination_prefix="gs://local-bucket/out",
+        machine_type="n1-standard-2", batch_size=1,
+    )  # fmt: skip
+    with pytest.raises(exceptions.FailedPrecondition, match="still running"):
+        running.delete()
+    stays = ai_platform.left_over("batch")
+    assert f"gcloud artifacts docker images delete {IMAGE}:1 --delete-tags" in stays
+    assert f"gcloud storage rm --recursive {folder}" in stays and f"gcloud storage rm --recursive {source}" in stays
+    for command in stays:
+        parsed(command)  # gcloud knows it
+    assert len(ai_platform.delete("batch")) == 6 and "CancelBatchPredictionJob" in service.calls
+
+
+def test_the_cloud_check_passes_and_names_no_project(service, monkeypatch):
+    monkeypatch.setenv("SERVER", "uvicorn")  # in the image that the stand-in starts
+    seen = cloud_check.check(f"{IMAGE}:1", "local-bucket", "check")
+    assert seen["refused raw"]["message"].startswith("not an image") and seen["refused"]["code"] == 400
+    written = json.dumps(cloud_check.without_names(seen, "local-bucket", "local-project"))
+    assert re.findall(r".{20}local-.*", written) == [] and "JOB_STATE_SUCCEEDED" in written
+    assert types.Endpoint.from_json(json.dumps(seen["endpoint"])).dedicated_endpoint_enabled
+    assert not service.containers and not service.endpoints and not service.models and not service.jobs
 
 
 def test_a_running_version_is_scaled_in_place(service, monkeypatch, capsys):
@@ -212,7 +269,16 @@ def test_a_running_version_is_scaled_in_place(service, monkeypatch, capsys):
 
     monkeypatch.setenv("SERVER", "uvicorn")  # in the image that the stand-in starts
     ai_platform.upload(f"{IMAGE}:1", name="scaled")
-    endpoint = ai_platform.deploy("scaled")
+    key = "projects/local-project/locations/us-central1/keyRings/ring/cryptoKeys/key"
+    made = {"kms_key": key, "inference_timeout": 1800, "labels": {"team": "vision"}}
+    endpoint = ai_platform.deploy("scaled", service_account="serve@local-project.iam.gserviceaccount.com", **made)
+    assert endpoint.gca_resource.encryption_spec.kms_key_name == key and endpoint.labels == {"team": "vision"}
+    assert endpoint.gca_resource.client_connection_config.inference_timeout.total_seconds() == 1800
+    assert endpoint.list_models()[0].service_account == "serve@local-project.iam.gserviceaccount.com"
+    with pytest.raises(ValueError, match="exists with another --inference-timeout"):
+        ai_platform.deploy("scaled", inference_timeout=60)
+    main(["deploy", "--name=scaled", "--labels=team=cars,year=2026"])
+    assert ai_platform.get_endpoint("scaled").labels == {"team": "cars", "year": "2026"}
     assert scaling() == (1, 1, 60)
     main(["deploy", "--name=scaled", "--max-replicas=5"])
     assert scaling() == (1, 5, 60) and "1 to 5 replica(s)" in capsys.readouterr().out
@@ -222,13 +288,25 @@ def test_a_running_version_is_scaled_in_place(service, monkeypatch, capsys):
     assert scaling() == (2, 5, 80)
     ai_platform.deploy("scaled", min_replicas=7)
     assert scaling() == (7, 7, 80)
-    assert service.calls.count("MutateDeployedModel") == 3 and service.calls.count("DeployModel") == 1
+    ai_platform.deploy("scaled", scale_on="requests", target=300)
+    [metric] = ai_platform.get_endpoint("scaled").list_models()[0].dedicated_resources.autoscaling_metric_specs
+    assert (metric.metric_name.split("/")[-1], metric.target) == ("request_count", 300)
+    ai_platform.deploy("scaled", scale_on="cpu", target=80)
+    assert service.calls.count("MutateDeployedModel") == 5 and service.calls.count("DeployModel") == 1
     with pytest.raises(exceptions.InvalidArgument, match="max_replica_count must be at least"):
         ai_platform.deploy("scaled", max_replicas=3)
     with pytest.raises(ValueError, match="with --min-replicas 7, which cannot become 0 in place"):
         ai_platform.deploy("scaled", min_replicas=0)
     with pytest.raises(ValueError, match="deployed with 100 % of the traffic"):
         ai_platform.deploy("scaled", max_replicas=9, share=50)
+    for wrong, message in [
+        ({"scale_on": "requests"}, "needs a --target"),
+        ({"scale_on": "gpu"}, "needs an --accelerator"),
+        ({"idle_after": 600}, "goes with --min-replicas 0"),
+        ({"min_replicas": 0, "idle_after": 60}, "takes 300 to 28800 seconds"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ai_platform.deploy("scaled", **wrong)
     assert scaling() == (7, 7, 80)
 
     [deployed] = endpoint.list_models()
@@ -296,9 +374,14 @@ def test_wrong_calls_get_the_services_own_errors(service):
         (exceptions.InvalidArgument, lambda: upload(serving_container_predict_route="predict")),
         (exceptions.InvalidArgument, lambda: upload(serving_container_ports=[0])),
         (exceptions.InvalidArgument, lambda: upload(version_aliases=["9"])),
+        (exceptions.InvalidArgument, lambda: upload(
+            serving_container_startup_probe_exec=["true"], serving_container_startup_probe_period_seconds=60,
+            serving_container_startup_probe_timeout_seconds=60)),
+        (exceptions.InvalidArgument, lambda: upload(serving_container_environment_variables={"EMPTY": ""})),
         (exceptions.NotFound, lambda: aiplatform.Model("wrong", version="7")),
         (exceptions.InvalidArgument, lambda: deploy(**gpu)),  # an L4 sits in a g2 machine only
-        (exceptions.InvalidArgument, lambda: deploy(min_replica_count=0)),
+        (exceptions.InvalidArgument, lambda: deploy(min_replica_count=0)),  # the preview's API only
+        (exceptions.InvalidArgument, lambda: deploy(accelerator_type="NVIDIA_H100_80GB", accelerator_count=1)),
         (exceptions.InvalidArgument, lambda: deploy(autoscaling_target_cpu_utilization=200)),
         (exceptions.InvalidArgument, lambda: deploy(traffic_split={"5": 100})),
         (exceptions.InvalidArgument, lambda: client.deploy_model(
@@ -306,6 +389,10 @@ def test_wrong_calls_get_the_services_own_errors(service):
         (exceptions.InvalidArgument, lambda: endpoint.update(traffic_split={"5": 100})),
         (exceptions.NotFound, lambda: endpoint.undeploy("5")),
         (exceptions.FailedPrecondition, lambda: endpoint.predict(instances)),  # nothing deployed
+        (exceptions.InvalidArgument, lambda: client.update_endpoint(
+            endpoint={"name": endpoint.resource_name}, update_mask={"paths": ["dedicated_endpoint_dns"]})),
+        (exceptions.InvalidArgument, lambda: client.create_endpoint(parent="/".join(
+            endpoint.resource_name.split("/")[:4]), endpoint={})),
         (exceptions.NotFound, lambda: aiplatform.Endpoint("1").predict(instances)),
         (exceptions.InvalidArgument, lambda: aiplatform.Endpoint.create(
             display_name="x", enable_request_response_logging=True, request_response_logging_sampling_rate=2)),
@@ -329,12 +416,14 @@ def test_commands_say_what_to_do(service, tmp_path, monkeypatch, capsys):
     assert "ai_platform deploy" in said("predict", __file__)
     assert "No such file" in said("predict", "none.png")
     main(["list"])
-    assert capsys.readouterr().out.endswith("\nnothing is named fastunet\n")
+    assert capsys.readouterr().out.endswith(
+        "nothing is named fastunet in us-central1, the only region looked through\n"
+    )
     main(["upload", f"{IMAGE}:1"])
     assert capsys.readouterr().out.endswith("models/fastunet version 1\n")
     main(["delete"])
     main(["delete"])
-    assert capsys.readouterr().out.endswith("nothing was left of fastunet\n")
+    assert "\nnothing was left of fastunet in us-central1, the only region looked through" in capsys.readouterr().out
 
     key = json.loads(Path(service.folder / "key.json").read_text())
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key.json"))
@@ -347,15 +436,145 @@ def test_commands_say_what_to_do(service, tmp_path, monkeypatch, capsys):
     assert "gcloud auth application-default login" in said("list")
 
 
-def test_advice_goes_by_class_and_reason(service, monkeypatch):
-    assert "quotas preferences create" in remedy(exceptions.ResourceExhausted("quota"), "deploy", "mine")
+def test_advice_goes_by_class_and_reason(service):
+    quota = remedy(exceptions.ResourceExhausted("quota"), "deploy", "mine", accelerator="L4", max_replicas=3)
+    assert "--quota-id=CustomModelServingL4GPUsPerProjectPerRegion --preferred-value=3" in quota
     assert "again in some minutes" in remedy(exceptions.from_http_status(429, "not ready"), "predict")
     assert "roles/aiplatform.user" in remedy(exceptions.PermissionDenied("no model, image or endpoint"), "list", "mine")
+    caller = remedy(exceptions.PermissionDenied("no"), "predict", "mine")
+    assert "roles/aiplatform.user" not in caller and "aiplatform.endpoints.predict,aiplatform.endpoints.get" in caller
     assert remedy(exceptions.NotFound("some image"), "predict") == "python -m deployment.ai_platform deploy"
-    monkeypatch.setattr(service, "disabled", True)
+    assert "artifactregistry.reader" in remedy(exceptions.FailedPrecondition("image"), "upload", image=f"{IMAGE}:1")
+    service.refused["UploadModel"] = exceptions.PermissionDenied(
+        "not enabled", error_info=error_details_pb2.ErrorInfo(reason="SERVICE_DISABLED", domain="googleapis.com")
+    )
     with pytest.raises(exceptions.PermissionDenied) as caught:  # its reason comes over the wire
         ai_platform.upload(f"{IMAGE}:1", name="advice")
     assert remedy(caught.value, "upload", "mine") == "gcloud services enable aiplatform.googleapis.com --project=mine"
+
+
+def test_a_refusal_is_never_an_empty_list(service):
+    ai_platform.upload(f"{IMAGE}:1", name="refused")
+    aiplatform.Endpoint.create(display_name="refused", dedicated_endpoint_enabled=True)
+    info = error_details_pb2.ErrorInfo(reason="BILLING_DISABLED", domain="googleapis.com")
+    for call in ("ListEndpoints", "ListBatchPredictionJobs", "GetModel", "Predict"):
+        service.refused = {call: exceptions.PermissionDenied("no", error_info=info)}
+        with pytest.raises(exceptions.PermissionDenied) as caught:
+            if call == "Predict":
+                ai_platform.predict([b"photo"], name="refused")
+            else:
+                ai_platform.overview("refused")
+        assert caught.value.reason == "BILLING_DISABLED", call
+        if call != "Predict":
+            with pytest.raises(exceptions.PermissionDenied):
+                ai_platform.delete("refused")
+    assert len(service.endpoints) == len(service.models) == 1
+
+
+def test_several_endpoints_of_one_name_are_listed_and_not_half_deleted(service, capsys):
+    ai_platform.upload(f"{IMAGE}:1", name="twice")
+    for _ in range(2):
+        aiplatform.Endpoint.create(display_name="twice")
+    assert ai_platform.overview("twice").count("/endpoints/") == 2
+    with pytest.raises(SystemExit, match="2 endpoints are named twice: use another --name, or `delete --all`") as exit:
+        main(["delete", "--name=twice"])
+    assert all(name in str(exit.value) for name in service.endpoints)
+    assert len(service.endpoints) == 2 and len(service.models) == 1
+    main(["delete", "--name=twice", "--all"])
+    printed = capsys.readouterr().out
+    assert "no more of twice in us-central1, the only region looked through" in printed
+    assert f"gcloud artifacts docker images delete {IMAGE}:1 --delete-tags" in printed
+    assert "gs://local-project_cloudbuild" in printed and not service.endpoints and not service.models
+
+
+def test_quota_is_that_of_the_named_project(service, monkeypatch):
+    user = Credentials(service.token, quota_project_id="where-i-logged-in")
+    monkeypatch.setattr("google.auth.default", lambda **options: (user, "where-i-logged-in"))
+    ai_platform.connect("local-project")
+    ai_platform.overview("none")
+    assert service.quota_projects == {"local-project"}
+    monkeypatch.undo()
+    ai_platform.connect()
+
+
+def test_an_image_for_cuda_refuses_a_machine_without_gpu(service):
+    ai_platform.upload(f"{IMAGE}:1", name="cuda", torch_backend="cu126")
+    [version] = service.models.popitem()[1].values()
+    assert {v.name: v.value for v in version.container_spec.env} == {"MODEL_NAME": "cuda", "REQUIRE_GPU": "1"}
+    service.models[version.name] = {"1": version}
+    with pytest.raises(ValueError, match="an image for CUDA, which serves on a GPU only"):
+        ai_platform.deploy("cuda")
+    with pytest.raises(ValueError, match="an image for CUDA, which serves on a GPU only"):
+        ai_platform.batch(["gs://local-bucket/photos.jsonl"], "gs://local-bucket/out", "cuda")
+    assert not service.endpoints
+
+
+def test_the_startup_probe_waits_inside_its_command(service):
+    def seconds_until_ready(probe: types.Probe, ready_at: float, waits_inside: bool) -> float | None:
+        """How late a replica is that answers after `ready_at` seconds; None where it is started anew."""
+        now = 0.0
+
+        def attempt(timeout: float) -> bool:
+            nonlocal now
+            if waits_inside and now < ready_at:
+                now = min(ready_at, now + timeout)
+            return now >= ready_at
+
+        def sleep(seconds: float) -> None:
+            nonlocal now
+            now += seconds
+
+        return now if passes(probe, attempt, lambda: True, sleep, lambda: now) else None
+
+    ai_platform.upload(f"{IMAGE}:1", name="probe")
+    [version] = service.models.popitem()[1].values()
+    probe = version.container_spec.startup_probe
+    assert probe.period_seconds < probe.timeout_seconds and "," not in probe.exec_.command[-1]
+    assert seconds_until_ready(probe, 20, waits_inside=True) == 20
+    assert seconds_until_ready(probe, 500, waits_inside=True) == 500
+    assert seconds_until_ready(probe, 2000, waits_inside=True) is None
+    minute = types.Probe(period_seconds=60, timeout_seconds=61)  # what a probe that fails at once would cost
+    assert seconds_until_ready(minute, 20, waits_inside=False) == pytest.approx(60, abs=0.1)
+    assert seconds_until_ready(minute, 121, waits_inside=False) is None
+    liveness = types.Probe(period_seconds=10, timeout_seconds=1, failure_threshold=4)  # without a startup probe
+    assert seconds_until_ready(liveness, 25, waits_inside=False) == pytest.approx(30, abs=0.1)
+    assert seconds_until_ready(liveness, 31, waits_inside=False) is None
+
+
+def test_no_call_is_waited_for_without_end(service, capsys):
+    short = progress.limited(0.3)(ai_platform.find_endpoints.__wrapped__)
+    service.answering.clear()
+    try:
+        with pytest.raises(exceptions.DeadlineExceeded, match="took more than 0.3 s"):
+            short("none")
+    finally:
+        service.answering.set()
+    for name in ("connect", "upload", "deploy", "traffic", "overview", "batch", "delete", "left_over", "get_model"):
+        assert hasattr(getattr(ai_platform, name), "__wrapped__"), f"{name} may last for ever"
+    for name in ("predict", "predict_raw"):
+        assert inspect.signature(getattr(ai_platform, name)).parameters["timeout"].default == 60
+
+
+def test_ctrl_c_says_what_goes_on(monkeypatch, capsys):
+    started, done = threading.Event(), threading.Event()
+
+    @progress.limited(60)
+    def deploy() -> None:
+        with progress.progress("deploying version 1", stop="delete, once it is deployed"):
+            started.set()
+            done.wait(60)
+
+    def interrupted(thread: threading.Thread, seconds: float) -> None:
+        started.wait(60)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "join", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            deploy()
+    done.set()
+    printed = capsys.readouterr().out
+    assert "this goes on at Google: deploying version 1\n  to stop it: delete, once it is deployed" in printed
 
 
 def test_the_sdk_is_quiet_unless_asked(service, caplog, monkeypatch):

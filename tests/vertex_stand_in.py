@@ -5,21 +5,23 @@
 
 What is real here
   * the wire: gRPC over TLS with the SDK's own protobuf types, so that an unmodified google-cloud-aiplatform
-    talks to it; predictions on dedicated endpoints go over HTTPS, as they do with the service; v1beta1 is v1 with
-    scale to zero;
+    talks to it; predictions on dedicated endpoints go over HTTPS, as they do with the service, as JSON or raw;
+    v1beta1 is v1 with scale to zero; long operations take time, and are asked for until they are done;
+  * what a request must hold, and what may not be changed: by the annotations in Google's protos;
   * the credentials: a service account's key file (GOOGLE_APPLICATION_CREDENTIALS) whose signed tokens are verified;
   * Cloud Storage: gcp-storage-emulator, spoken to by an unmodified google-cloud-storage;
   * prediction: deploying (or a batch job) starts the image's command, `python -m deployment.serve`, with the AIP_*
-    variables, waits for its startup probe (run in /) and its health route, and sends it the JSON that the service
-    would send; a batch job sends 64 instances in one request unless the job says otherwise.
+    variables, waits for its startup probe (run in /, by its period and its timeout, and the container is started
+    anew where it fails) and its health route, and sends it the JSON that the service would send; a batch job sends 64
+    instances in one request unless the job says otherwise, and a request that fails again, up to three times.
 
 What is not
   * An image is a name and the model store it would hold: nothing is pulled, isolated, or limited (test_image.py
     tests the image itself). All servers share one loopback, so AIP_HTTP_PORT is a free port, not the declared one.
   * There is one process per deployment, whatever the replica counts say: no scaling, no hardware behind
     machine types and accelerators, no Spot, no request log in BigQuery. Those settings are checked and kept.
-  * No IAM, quota, regions or billing; Cloud Storage asks for no credentials; operations that take the service seconds
-    are done at once. List filters know `display_name="…"` only.
+  * No IAM, quota, regions or billing, but a test can have any call refused; Cloud Storage asks for no credentials;
+    operations that take the service minutes take a moment. List filters know `display_name="…"` only.
   * Checks follow the API's reference. Where it names no error class, the nearest canonical one is used.
 """
 
@@ -33,6 +35,8 @@ import os
 import random
 import re
 import secrets
+import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -48,24 +52,39 @@ import grpc
 import requests
 import trustme
 from gcp_storage_emulator.server import create_server as create_storage_emulator
+from google.api import httpbody_pb2
 from google.api_core import exceptions
 from google.auth import jwt
 from google.cloud import aiplatform_v1beta1, storage
 from google.cloud.aiplatform_v1 import types
 from google.longrunning import operations_pb2
-from google.protobuf import any_pb2, empty_pb2, json_format, timestamp_pb2
+from google.protobuf import empty_pb2, json_format, timestamp_pb2
+from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from deployment.server.processes import free_ports, started
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = "google.cloud.aiplatform.v1."
 PROJECT, LOCATION = "local-project", "us-central1"
 PARENT = f"projects/{PROJECT}/locations/{LOCATION}"
 MAX_BYTES = {"shared": 1_500_000, "dedicated": 10_000_000}  # a request or an answer, by kind of endpoint
+TIMEOUTS = {"shared": 60, "dedicated": 600}  # seconds
 IMAGE_URI = re.compile(r"[a-z0-9-]+-docker\.pkg\.dev/[^/]+/[^/]+/.+|([a-z]+\.)?gcr\.io/.+")
-ACCELERATORS = {"NVIDIA_TESLA_T4": "n1-", "NVIDIA_L4": "g2-"}  # accelerator: the machine types that take it
-SCALING = ("min_replica_count", "max_replica_count", "autoscaling_metric_specs")  # can be changed in place
+ACCELERATORS = {  # accelerator: the machine types that take it
+    "NVIDIA_TESLA_T4": "n1-",
+    "NVIDIA_L4": "g2-",
+    "NVIDIA_H100_80GB": "a3-",
+    "NVIDIA_RTX_PRO_6000": "g4-",
+}
+# What MutateDeployedModel may change, by the comment on its request in Google's proto, although annotated as immutable.
+SCALING = ("min_replica_count", "max_replica_count", "required_replica_count", "autoscaling_metric_specs")
+# Message and field: REQUIRED, IMMUTABLE, OUTPUT_ONLY, from Google's protos. The Python SDK's own have no annotations.
+BEHAVIOR = json.loads((Path(__file__).parent / "samples" / "field_behavior.json").read_text())["fields"]
+RETRIES = 3  # of a batch job's request
+STARTS = 2  # of a container, before the deployment fails; the service goes on for longer
+MOMENT = 0.1  # seconds that an operation takes at least
 METRICS = ("cpu/utilization", "accelerator/duty_cycle", "request_count")
 
 
@@ -93,22 +112,25 @@ class Container:
     url: str
     log: Path
     resources: contextlib.ExitStack
+    ready: bool = False
 
     def healthy(self, route: str) -> bool:
         with contextlib.suppress(requests.RequestException):
             return requests.get(self.url + route, timeout=10).status_code == 200
         return False
 
-    def predict(self, route: str, body: bytes, timeout: float = 60) -> list:
-        """Sends one prediction request; returns the answer's `predictions`, or raises the service's error."""
+    def ask(self, route: str, body: bytes, content_type: str, timeout: float) -> requests.Response:
+        """The server's answer to one request, whatever its status."""
         try:
-            answer = requests.post(
-                self.url + route, body, headers={"Content-Type": "application/json"}, timeout=timeout
-            )
+            return requests.post(self.url + route, body, headers={"Content-Type": content_type}, timeout=timeout)
         except requests.Timeout as e:
             raise exceptions.DeadlineExceeded("The model server did not answer in time.") from e
         except requests.ConnectionError as e:
             raise exceptions.ServiceUnavailable("The model server is not reachable.") from e
+
+    def predict(self, route: str, body: bytes, timeout: float) -> list:
+        """Sends one prediction request; returns the answer's `predictions`, or raises the service's error."""
+        answer = self.ask(route, body, "application/json", timeout)
         if answer.status_code != 200:
             error = exceptions.from_http_status(answer.status_code, answer.text)
             bad_request = 400 <= answer.status_code < 500 and not error.grpc_status_code
@@ -131,8 +153,11 @@ class VertexAI:
     project: str = PROJECT
     location: str = LOCATION
     api_endpoint: str = ""
-    disabled: bool = False  # the API is not enabled in the project
+    token: str = ""  # an access token that is taken
+    refused: dict[str, exceptions.GoogleAPICallError] = field(default_factory=dict)  # by the name of the RPC
     calls: list[str] = field(default_factory=list)  # the names of the RPCs, in order
+    quota_projects: set[str] = field(default_factory=set)  # that callers named
+    answering: threading.Event = field(default_factory=threading.Event)  # not set: calls hang
     models: dict[str, dict[str, types.Model]] = field(default_factory=dict)  # name: {version: model}
     endpoints: dict[str, types.Endpoint] = field(default_factory=dict)
     jobs: dict[str, types.BatchPredictionJob] = field(default_factory=dict)
@@ -142,19 +167,22 @@ class VertexAI:
     # Threads that live as long as the service: a process started by a thread that ends would be told its parent died.
     workers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(8))
 
+    def __post_init__(self) -> None:
+        self.answering.set()
+
     # Models and their versions
 
     def UploadModel(self, request: types.UploadModelRequest) -> operations_pb2.Operation:
         model, spec = request.model, request.model.container_spec
-        check(not self.disabled, "The API is not enabled.", exceptions.PermissionDenied, "SERVICE_DISABLED")
         check(request.parent == PARENT, f"No permission on {request.parent}.", exceptions.PermissionDenied)
-        check(model.display_name, "model.display_name is required.")
-        check(spec.image_uri, "model.container_spec.image_uri is required.")
         check(IMAGE_URI.fullmatch(spec.image_uri), f"{spec.image_uri} is no image in Artifact Registry.")
         check(spec.image_uri in self.images, f"Image {spec.image_uri} not found.", exceptions.NotFound)
         check(all(0 < p.container_port < 65536 for p in spec.ports), "container ports must be 1 to 65535.")
         for route in (spec.predict_route, spec.health_route):
             check(not route or route.startswith("/"), f"Route {route!r} must start with a slash.")
+        for probe in (spec.startup_probe, spec.health_probe, spec.liveness_probe):
+            check(not probe.period_seconds or not probe.timeout_seconds or probe.period_seconds < probe.timeout_seconds,
+                  "A probe's period_seconds must be less than its timeout_seconds.")  # fmt: skip
         check(not model.artifact_uri or model.artifact_uri.startswith("gs://"), "artifact_uri must be gs://…")
         for alias in model.version_aliases:
             check(re.fullmatch(r"[a-z][a-zA-Z0-9-]{0,126}[a-z0-9]", alias), f"Invalid version alias {alias!r}.")
@@ -171,12 +199,29 @@ class VertexAI:
             model.name, model.version_id = name, str(max(map(int, versions), default=0) + 1)
             if not versions and "default" not in model.version_aliases:
                 model.version_aliases.append("default")
-            for other in versions.values():  # an alias names one version: the newest taker
-                other.version_aliases = [a for a in other.version_aliases if a not in model.version_aliases]
+            self._move_aliases(versions, model)
             model.create_time = model.update_time = model.version_create_time = time_now()
             model.supported_deployment_resources_types = [types.Model.DeploymentResourcesType.DEDICATED_RESOURCES]
             versions[model.version_id] = model
-        return self._done(types.UploadModelResponse(model=name, model_version_id=model.version_id))
+        return self._later(lambda: types.UploadModelResponse(model=name, model_version_id=model.version_id))
+
+    def MergeVersionAliases(self, request: types.MergeVersionAliasesRequest) -> types.Model:
+        model = self._model(request.name)
+        for alias in request.version_aliases:
+            name = alias.removeprefix("-")
+            check(re.fullmatch(r"[a-z][a-zA-Z0-9-]{0,126}[a-z0-9]", name), f"Invalid version alias {name!r}.")
+            check(alias != "-default", "The alias default can be moved, not removed.")
+            kept = [a for a in model.version_aliases if a != name]
+            model.version_aliases = kept if alias.startswith("-") else [*kept, name]
+        self._move_aliases(self.models[model.name], model)
+        return model
+
+    @staticmethod
+    def _move_aliases(versions: dict[str, types.Model], taker: types.Model) -> None:
+        """An alias names one version: the newest taker."""
+        for other in versions.values():
+            if other is not taker:
+                other.version_aliases = [a for a in other.version_aliases if a not in taker.version_aliases]
 
     def GetModel(self, request: types.GetModelRequest) -> types.Model:
         return self._model(request.name)
@@ -197,12 +242,12 @@ class VertexAI:
               exceptions.FailedPrecondition)  # fmt: skip
         self._check_not_deployed(model.name, model.version_id)
         del self.models[model.name][model.version_id]
-        return self._done(empty_pb2.Empty())
+        return self._later(empty_pb2.Empty)
 
     def DeleteModel(self, request: types.DeleteModelRequest) -> operations_pb2.Operation:
         self._check_not_deployed(self._model(request.name).name)
         del self.models[request.name]
-        return self._done(empty_pb2.Empty())
+        return self._later(empty_pb2.Empty)
 
     def _model(self, name: str) -> types.Model:
         """The version that `name` (`…/models/ID`, or with `@version` or `@alias`) stands for."""
@@ -224,7 +269,6 @@ class VertexAI:
     def CreateEndpoint(self, request: types.CreateEndpointRequest) -> operations_pb2.Operation:
         endpoint, log = request.endpoint, request.endpoint.predict_request_response_logging_config
         check(request.parent == PARENT, f"No permission on {request.parent}.", exceptions.PermissionDenied)
-        check(endpoint.display_name, "endpoint.display_name is required.")
         check(not log.enabled or 0 < log.sampling_rate <= 1, "sampling_rate must be above 0 and at most 1.")
         check(not log.bigquery_destination.output_uri or log.bigquery_destination.output_uri.startswith("bq://"),
               "The logging destination must be bq://…")  # fmt: skip
@@ -234,8 +278,11 @@ class VertexAI:
         endpoint.create_time = endpoint.update_time = time_now()
         if endpoint.dedicated_endpoint_enabled:
             endpoint.dedicated_endpoint_dns = self.dedicated_dns
+        timeout = endpoint.client_connection_config.inference_timeout
+        check(not timeout or endpoint.dedicated_endpoint_enabled and timeout.total_seconds() <= 3600,
+              "inference_timeout is for dedicated endpoints, at most an hour.")  # fmt: skip
         self.endpoints[endpoint.name] = endpoint
-        return self._done(endpoint)
+        return self._later(lambda: endpoint)
 
     def GetEndpoint(self, request: types.GetEndpointRequest) -> types.Endpoint:
         return self._endpoint(request.name)
@@ -247,7 +294,7 @@ class VertexAI:
         endpoint = self._endpoint(request.endpoint.name)
         with self.lock:
             for path in request.update_mask.paths:
-                check(path in ("display_name", "description", "labels", "traffic_split"), f"Cannot update {path}.")
+                check_mutable("Endpoint", path)
                 if path == "traffic_split":
                     self._check_traffic(endpoint, dict(request.endpoint.traffic_split))
                 setattr(endpoint, path, getattr(request.endpoint, path))
@@ -258,7 +305,7 @@ class VertexAI:
         check(not endpoint.deployed_models, f"{endpoint.name} has deployed models: undeploy them first.",
               exceptions.FailedPrecondition)  # fmt: skip
         del self.endpoints[endpoint.name]
-        return self._done(empty_pb2.Empty())
+        return self._later(empty_pb2.Empty)
 
     def _endpoint(self, name: str) -> types.Endpoint:
         check(name in self.endpoints, f"The Endpoint {name} does not exist.", exceptions.NotFound)
@@ -273,12 +320,16 @@ class VertexAI:
 
     # Deployment
 
-    def DeployModel(self, request: types.DeployModelRequest) -> operations_pb2.Operation:
+    def DeployModel(self, request: types.DeployModelRequest, api: str) -> operations_pb2.Operation:
         endpoint, deployed = self._endpoint(request.endpoint), request.deployed_model
         model, resources = self._model(deployed.model), deployed.dedicated_resources
         split = dict(request.traffic_split)
         check_machine(resources.machine_spec)
         beta = aiplatform_v1beta1.DedicatedResources.deserialize(type(resources).serialize(resources))
+        zero = "scale_to_zero_spec" in beta or beta.initial_replica_count
+        check(not zero or api == "v1beta1", "Unknown name: scale_to_zero_spec or initial_replica_count.")
+        for period in (beta.scale_to_zero_spec.idle_scaledown_period, beta.scale_to_zero_spec.min_scaleup_period):
+            check(not period or 300 <= period.total_seconds() <= 28_800, "A period must be 300 to 28,800 seconds.")
         to_zero = "scale_to_zero_spec" in beta and 0 < beta.initial_replica_count <= beta.max_replica_count
         check_scaling(resources, to_zero)
         self._check_traffic(endpoint, split, extra=("0",))
@@ -294,7 +345,7 @@ class VertexAI:
                     endpoint.traffic_split = {deployed.id if k == "0" else k: v for k, v in split.items()}
             return types.DeployModelResponse(deployed_model=deployed)
 
-        return self._later(deploy, "v1beta1" if to_zero else "v1")
+        return self._later(deploy, api)
 
     def MutateDeployedModel(self, request: types.MutateDeployedModelRequest) -> operations_pb2.Operation:
         endpoint, new = self._endpoint(request.endpoint), request.deployed_model.dedicated_resources
@@ -304,6 +355,7 @@ class VertexAI:
         changed = copy.deepcopy(deployed.dedicated_resources)
         for path in request.update_mask.paths:
             place, _, field = path.rpartition(".")
+            check_mutable("DedicatedResources", field, but=SCALING)
             check(place == "dedicated_resources" and field in SCALING, f"Cannot update {path}.")
             setattr(changed, field, getattr(new, field))
         check_scaling(changed, to_zero=not deployed.dedicated_resources.min_replica_count)
@@ -313,7 +365,7 @@ class VertexAI:
                 deployed.dedicated_resources = changed
             return types.MutateDeployedModelResponse(deployed_model=deployed)
 
-        return self._later(mutate, "v1")
+        return self._later(mutate)
 
     def UndeployModel(self, request: types.UndeployModelRequest) -> operations_pb2.Operation:
         endpoint, id = self._endpoint(request.endpoint), request.deployed_model_id
@@ -324,13 +376,17 @@ class VertexAI:
         with self.lock:
             self._check_traffic(endpoint, split)
             endpoint.deployed_models, endpoint.traffic_split = remaining, split
-        self.containers.pop(id).stop()
-        return self._done(types.UndeployModelResponse())
+
+        def undeploy() -> types.UndeployModelResponse:
+            self.containers.pop(id).stop()
+            return types.UndeployModelResponse()
+
+        return self._later(undeploy)
 
     def _start(self, model: types.Model, id: str, endpoint: types.Endpoint | None = None) -> Container:
         """Runs the model's image as the service does, and returns once its health route answers 200."""
         spec, (port, management, metrics) = model.container_spec, free_ports(3)
-        log = self.folder / f"{id}.log"
+        log, problem = self.folder / f"{id}.log", ""
         environment = os.environ | {e.name: e.value for e in spec.env} | {
             "AIP_MODE": "PREDICTION",
             "AIP_HTTP_PORT": str(port),
@@ -343,32 +399,56 @@ class VertexAI:
         }  # fmt: skip
         command = [sys.executable, "-m", "deployment.serve", "--model-store", str(self.images[spec.image_uri])]
         command += ["--host", "127.0.0.1", f"--management-port={management}", f"--metrics-port={metrics}", *spec.args]
-        resources = contextlib.ExitStack()
-        output = resources.enter_context(log.open("wb"))
-        process = resources.enter_context(
-            started(command, environment, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
-        )
-        container = self.containers[id] = Container(process, f"http://127.0.0.1:{port}", log, resources)
-        deadline = time.monotonic() + (spec.deployment_timeout.total_seconds() if spec.deployment_timeout else 300)
-        probe, path = list(spec.startup_probe.exec_.command), f"{Path(sys.executable).parent}:{environment['PATH']}"
+        for _ in range(STARTS):
+            resources = contextlib.ExitStack()
+            output = resources.enter_context(log.open("wb"))
+            process = resources.enter_context(
+                started(command, environment, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+            )
+            container = self.containers[id] = Container(process, f"http://127.0.0.1:{port}", log, resources)
+            try:
+                if self._becomes_ready(container, spec, environment):
+                    return container
+                problem = "never became ready" if process.poll() is None else "exited unexpectedly"
+            finally:
+                if not container.ready:
+                    self.containers.pop(id).stop()
+        raise exceptions.FailedPrecondition(f"Model server {problem}. Its logs: {log}\n{tail(log)}")
 
-        def ready() -> bool:  # the service lets a startup probe fail three times; here it is only tried more often
-            options = {"env": environment | {"PATH": path}, "cwd": "/", "capture_output": True}
-            passed = not probe or subprocess.run(probe, **options).returncode == 0
-            return passed and container.healthy(environment["AIP_HEALTH_ROUTE"])
+    def _becomes_ready(self, container: Container, spec: types.ModelContainerSpec, environment: dict) -> bool:
+        """Waits as the service does: for the startup probe, without one for the port, then for the health route."""
+        exited = container.process.poll
+        path = f"{Path(sys.executable).parent}:{environment['PATH']}"
 
-        try:
-            while not ready():
-                exited = process.poll() is not None
-                problem = "exited unexpectedly" if exited else "never became ready"
-                check(not exited and time.monotonic() < deadline,
-                      f"Model server {problem}. Its logs: {log}\n{tail(log)}",
-                      exceptions.FailedPrecondition)  # fmt: skip
-                time.sleep(0.2)
-        except BaseException:
-            self.containers.pop(id).stop()
-            raise
-        return container
+        def run_probe(timeout: float) -> bool:
+            command = list(spec.startup_probe.exec_.command)
+            probe = subprocess.Popen(
+                command, env=environment | {"PATH": path}, cwd="/", start_new_session=True,
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+            end = time.monotonic() + timeout
+            while probe.poll() is None and exited() is None and time.monotonic() < end:
+                time.sleep(0.05)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(probe.pid, signal.SIGKILL)
+            return probe.wait() == 0
+
+        def open_port(timeout: float) -> bool:
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", int(environment["AIP_HTTP_PORT"])), timeout).close()
+                return True
+            return False
+
+        if spec.startup_probe.exec_.command:
+            passed = passes(spec.startup_probe, run_probe, alive=lambda: exited() is None)
+        else:
+            liveness = types.Probe(period_seconds=10, timeout_seconds=1, failure_threshold=4)
+            passed = passes(liveness, open_port, alive=lambda: exited() is None)
+        deadline = time.monotonic() + 60
+        while passed and not container.ready and exited() is None and time.monotonic() < deadline:
+            container.ready = container.healthy(environment["AIP_HEALTH_ROUTE"])
+            time.sleep(0 if container.ready else 0.2)
+        return container.ready
 
     # Prediction
 
@@ -381,8 +461,31 @@ class VertexAI:
         json_format.ParseDict({"predictions": predictions}, response._pb)
         return response
 
+    def RawPredict(self, request: types.RawPredictRequest) -> httpbody_pb2.HttpBody:
+        sent = request.http_body
+        answer, _ = self._raw_predict(request.endpoint, sent.data, sent.content_type, "shared")
+        return httpbody_pb2.HttpBody(content_type=answer.headers["Content-Type"], data=answer.content)
+
     def _predict(self, name: str, body: bytes, kind: str) -> tuple[list, dict[str, str]]:
         """Routes one request by the endpoint's traffic; returns the predictions and what served them."""
+        id, model, timeout = self._route(name, body, kind)
+        predictions = self.containers[id].predict(model.container_spec.predict_route or "/v1/predict", body, timeout)
+        check_answer(len(json.dumps(predictions)), kind)
+        served = {"deployed_model_id": id, "model": model.name, "model_version_id": model.version_id,
+                  "model_display_name": model.display_name}  # fmt: skip
+        return predictions, served
+
+    def _raw_predict(self, name: str, body: bytes, content_type: str, kind: str) -> tuple[requests.Response, str]:
+        """The server's answer to any body, and the id of what gave it; of the headers the content type alone arrives,
+        since nobody says whether the others do."""
+        id, model, timeout = self._route(name, body, kind)
+        route = model.container_spec.predict_route or "/v1/predict"
+        answer = self.containers[id].ask(route, body, content_type, timeout)
+        check_answer(len(answer.content), kind)
+        return answer, id
+
+    def _route(self, name: str, body: bytes, kind: str) -> tuple[str, types.Model, float]:
+        """What serves one request: the deployed model's id, its model, and the seconds it has."""
         endpoint, limit = self._endpoint(name), MAX_BYTES[kind]
         dedicated = endpoint.dedicated_endpoint_enabled
         check(dedicated == (kind == "dedicated"), f"{name} is {'' if dedicated else 'not '}a dedicated endpoint.",
@@ -390,16 +493,12 @@ class VertexAI:
         check(len(body) <= limit, f"Request payload size exceeds the limit: {limit} bytes.")
         with self.lock:
             split = dict(endpoint.traffic_split)
-            check(split, f"{name} has no deployed model that takes traffic.", exceptions.FailedPrecondition)
+            check(split, f"Endpoint {name} doesn't have traffic_split.", exceptions.FailedPrecondition)
             id = random.choices(list(split), weights=split.values())[0]
             deployed = next(d for d in endpoint.deployed_models if d.id == id)
-        model = self._model(deployed.model)
-        predictions = self.containers[id].predict(model.container_spec.predict_route or "/v1/predict", body)
-        size = len(json.dumps(predictions))
-        check(size <= limit, f"Response size too large. Received at least {size} bytes; max is {limit}.")
-        served = {"deployed_model_id": id, "model": model.name, "model_version_id": model.version_id,
-                  "model_display_name": model.display_name}  # fmt: skip
-        return predictions, served
+        own = endpoint.client_connection_config.inference_timeout
+        timeout = own.total_seconds() if own else TIMEOUTS[kind]
+        return id, self._model(deployed.model), timeout
 
     # Batch prediction
 
@@ -407,47 +506,67 @@ class VertexAI:
         job = request.batch_prediction_job
         model, source = self._model(job.model), list(job.input_config.gcs_source.uris)
         destination = job.output_config.gcs_destination.output_uri_prefix
-        check(job.display_name, "batch_prediction_job.display_name is required.")
+        resources = job.dedicated_resources
+        check(resources.starting_replica_count <= (resources.max_replica_count or 10),
+              "starting_replica_count must not be greater than max_replica_count.")  # fmt: skip
         check(job.input_config.instances_format == job.output_config.predictions_format == "jsonl",
               "This stand-in reads and writes jsonl only.")  # fmt: skip
         check(source and all(uri.startswith("gs://") for uri in [*source, destination]),
               "The source and the destination must be gs://…")  # fmt: skip
-        check_machine(job.dedicated_resources.machine_spec)
+        check_machine(resources.machine_spec)
         job.name = f"{PARENT}/batchPredictionJobs/{new_id()}"
         job.model, job.create_time, job.state = model.name, time_now(), types.JobState.JOB_STATE_PENDING
         self.jobs[job.name] = job
+        answer = copy.deepcopy(job)  # as it was made: what is done with it comes with GetBatchPredictionJob
         self.workers.submit(self._run_job, job, model, source, destination)
-        return job
+        return answer
 
     def _run_job(self, job, model: types.Model, source: list[str], destination: str) -> None:
         """Sends every line of the source to a server of its own, `batch_size` lines a request, and writes one file of
-        results and one of errors, both JSONL, as the service names them."""
+        results and one of errors, as the service names them. The machines are those of the start: no job autoscales."""
         id = job.name.split("/")[-1]
         route = model.container_spec.predict_route or "/v1/predict"
         parameters = json_format.MessageToDict(job._pb.model_parameters) if job._pb.HasField("model_parameters") else 0
-        results, errors = [], []
+        results, errors, failed, begun = [], [], 0, time.monotonic()
+        replicas = job.dedicated_resources.starting_replica_count or 1  # max_replica_count is not looked at
         try:
             job.state, job.start_time = types.JobState.JOB_STATE_RUNNING, time_now()
             client = storage.Client(project=PROJECT)
             text = "\n".join(storage.Blob.from_uri(uri, client).download_as_text() for uri in source)
             instances = [json.loads(line) for line in text.splitlines() if line.strip()]
+            if stopped(job):
+                return
             container = self._start(model, id)
             size = job.manual_batch_tuning_parameters.batch_size or 64
             for i in range(0, len(instances), size):
                 batch = instances[i : i + size]
+                if stopped(job):
+                    return
                 body = json.dumps({"instances": batch} | ({"parameters": parameters} if parameters else {})).encode()
-                try:
-                    predictions = container.predict(route, body, timeout=600)
-                    results += [{"instance": a, "prediction": p} for a, p in zip(batch, predictions, strict=True)]
-                except exceptions.GoogleAPICallError as e:
-                    errors += [{"instance": a, "error": {"code": 3, "message": e.message}} for a in batch]
+                start = time.monotonic()
+                for _ in range(1 + RETRIES):
+                    answer = container.ask(route, body, "application/json", 600)
+                    if answer.status_code == 200:
+                        rows = zip(batch, answer.json()["predictions"], strict=True)
+                        results += [{"instance": a, "prediction": p} for a, p in rows]
+                        break
+                else:  # a Python tuple without the instances, as the service writes it
+                    reason = (
+                        f"Post request fails. Cannot get predictions. Error: Exceeded retries: Non-OK result "
+                        f"{answer.status_code} ({answer.text}) from server, retry={RETRIES}, "
+                        f"elapsed={time.monotonic() - start:.2f}s."
+                    )
+                    errors.append(repr((reason, code_pb2.UNAUTHENTICATED)))
+                    failed += len(batch)
+            job.resources_consumed.replica_hours = replicas * (time.monotonic() - begun) / 3600
+            random.shuffle(results)  # the order is not kept
             folder = f"{destination.rstrip('/')}/prediction-{model.display_name}-{time.strftime('%Y_%m_%dT%H_%M_%S')}"
-            for name, rows in ("prediction.results", results), ("prediction.errors_stats", errors):
+            for name, lines in ("prediction.results", map(json.dumps, results)), ("prediction.errors_stats", errors):
                 blob = storage.Blob.from_uri(f"{folder}/{name}-00000-of-00001", client)
-                blob.upload_from_string("".join(json.dumps(row) + "\n" for row in rows))
+                blob.upload_from_string("".join(line + "\n" for line in lines))
             job.output_info.gcs_output_directory = folder
-            job.completion_stats = types.CompletionStats(successful_count=len(results), failed_count=len(errors))
-            check(results, f"All {len(errors)} instances failed; see {folder}.")
+            job.completion_stats = types.CompletionStats(successful_count=len(results), failed_count=failed)
+            check(results, f"All {failed} instances failed; see {folder}.")
             job.state = types.JobState.JOB_STATE_SUCCEEDED
         except Exception as e:  # whatever it is, the job ends and says why
             job.error.code, job.error.message, job.state = 3, str(e), types.JobState.JOB_STATE_FAILED
@@ -463,11 +582,17 @@ class VertexAI:
     def ListBatchPredictionJobs(self, request: types.ListBatchPredictionJobsRequest):
         return types.ListBatchPredictionJobsResponse(batch_prediction_jobs=matching(self.jobs.values(), request.filter))
 
+    def CancelBatchPredictionJob(self, request: types.CancelBatchPredictionJobRequest) -> empty_pb2.Empty:
+        job = self.GetBatchPredictionJob(request)
+        if not job.end_time:  # what runs is stopped before the next request
+            job.state = types.JobState.JOB_STATE_CANCELLING
+        return empty_pb2.Empty()
+
     def DeleteBatchPredictionJob(self, request: types.DeleteBatchPredictionJobRequest) -> operations_pb2.Operation:
         job = self.GetBatchPredictionJob(request)
         check(job.end_time, f"{job.name} is still running: cancel it first.", exceptions.FailedPrecondition)
         del self.jobs[job.name]
-        return self._done(empty_pb2.Empty())
+        return self._later(empty_pb2.Empty)
 
     # Long-running operations
 
@@ -475,20 +600,17 @@ class VertexAI:
         check(request.name in self.operations, f"{request.name} does not exist.", exceptions.NotFound)
         return self.operations[request.name]
 
-    def _done(self, result) -> operations_pb2.Operation:
-        response = any_pb2.Any()
-        response.Pack(type(result).pb(result) if hasattr(type(result), "pb") else result)
-        return operations_pb2.Operation(name=f"{PARENT}/operations/{new_id()}", done=True, response=response)
-
-    def _later(self, work, api: str) -> operations_pb2.Operation:
-        """An operation that is under way; its response has the type that `api` gives it."""
+    def _later(self, work, api: str = "v1") -> operations_pb2.Operation:
+        """An operation that is under way; its response, what `work` gives, has the type that `api` gives it."""
         operation = operations_pb2.Operation(name=f"{PARENT}/operations/{new_id()}")
         self.operations[operation.name] = operation
 
         def run() -> None:
             finished = operations_pb2.Operation(name=operation.name, done=True)
             try:
-                finished.response.CopyFrom(self._done(work()).response)
+                time.sleep(MOMENT)
+                result = work()
+                finished.response.Pack(type(result).pb(result) if hasattr(type(result), "pb") else result)
                 finished.response.type_url = finished.response.type_url.replace(".v1.", f".{api}.")
             except Exception as e:  # the operation carries it to the client
                 finished.error.code = getattr(e, "grpc_status_code", None).value[0] if is_api_error(e) else 13
@@ -502,13 +624,64 @@ class VertexAI:
         """Forgets all that was made, and stops what runs."""
         for container in list(self.containers.values()):
             container.stop()
-        for made in (self.containers, self.models, self.endpoints, self.jobs, self.operations, self.calls):
+        for made in (self.containers, self.models, self.endpoints, self.jobs, self.operations, self.calls,
+                     self.refused, self.quota_projects):  # fmt: skip
             made.clear()
 
     def stop(self) -> None:
         for container in list(self.containers.values()):
             container.stop()
         self.workers.shutdown(cancel_futures=True)
+
+
+def passes(probe: types.Probe, attempt, alive, sleep=time.sleep, clock=time.monotonic) -> bool:
+    """Whether a probe passes, by Kubernetes' rules: tried at once, then a period after the last try began (at once
+    where that took longer), until it has failed `failure_threshold` times. `attempt` gets the timeout of a try."""
+    for left in reversed(range(probe.failure_threshold or 3)):
+        begun = clock()
+        if attempt(probe.timeout_seconds or 1):
+            return True
+        while left and alive() and clock() < begun + (probe.period_seconds or 10):
+            sleep(0.05)
+        if not alive():
+            return False
+    return False
+
+
+def check_required(message: Message, api: str) -> None:
+    """Raises where a field is empty that Google's protos call REQUIRED, in `message` and in what it holds."""
+    name, given = message.DESCRIPTOR.full_name.removeprefix(PACKAGE), message.ListFields()
+    missing = [field for field, behavior in BEHAVIOR.get(name, {}).items() if "REQUIRED" in behavior]
+    missing = [field for field in missing if field not in {descriptor.name for descriptor, _ in given}]
+    if api == "v1beta1" and name == "DedicatedResources":  # there 0 is a number that may be given
+        missing = [field for field in missing if field != "min_replica_count"]
+    check(not missing, f"{name}: {', '.join(missing)} is required.")
+    if "update_mask" in message.DESCRIPTOR.fields_by_name:
+        return  # it holds a part of a resource
+    for descriptor, value in given:
+        kind = descriptor.message_type
+        if kind and kind.full_name.startswith(PACKAGE) and not kind.GetOptions().map_entry:
+            for part in [value] if isinstance(value, Message) else value:
+                check_required(part, api)
+
+
+def check_mutable(message: str, path: str, but: tuple[str, ...] = ()) -> None:
+    """Raises for a field that Google's protos call IMMUTABLE or OUTPUT_ONLY, except those in `but`."""
+    fixed = {"IMMUTABLE", "OUTPUT_ONLY"} & set(BEHAVIOR[message].get(path, ()))
+    check(path in but or not fixed, f"Cannot update {path}: it is {' and '.join(fixed).lower()}.")
+
+
+def stopped(job: types.BatchPredictionJob) -> bool:
+    """Whether the job was cancelled; it is over then."""
+    if job.state != types.JobState.JOB_STATE_CANCELLING:
+        return False
+    job.state = types.JobState.JOB_STATE_CANCELLED
+    return True
+
+
+def check_answer(size: int, kind: str) -> None:
+    limit = MAX_BYTES[kind]
+    check(size <= limit, f"Response size too large. Received at least {size} bytes; max is {limit}.")
 
 
 def check_machine(spec: types.MachineSpec) -> None:
@@ -561,6 +734,7 @@ class Methods(grpc.GenericRpcHandler):
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
         name = details.method.rsplit("/", 1)[-1]
+        api = "v1beta1" if ".v1beta1." in details.method else "v1"
         method = getattr(self.service_, name, None)
         if method is None or not name[0].isupper():
             return None  # gRPC answers UNIMPLEMENTED
@@ -569,8 +743,15 @@ class Methods(grpc.GenericRpcHandler):
         def call(request, context: grpc.ServicerContext):
             try:
                 self.service_.calls.append(name)
-                self.verify(dict(context.invocation_metadata()).get("authorization", ""))
-                return method(request)
+                metadata = dict(context.invocation_metadata())
+                self.verify(metadata.get("authorization", ""))
+                self.service_.quota_projects.add(metadata.get("x-goog-user-project", ""))
+                self.service_.answering.wait()
+                if error := self.service_.refused.get(name):
+                    raise error
+                if hasattr(type(request), "pb"):
+                    check_required(type(request).pb(request), api)
+                return method(request, api) if name == "DeployModel" else method(request)
             except exceptions.GoogleAPICallError as e:
                 code = e.grpc_status_code or grpc.StatusCode.INTERNAL
                 status = status_pb2.Status(code=code_pb2.Code.Value(code.name), message=e.message)
@@ -594,21 +775,35 @@ def https_server(service: VertexAI, verify, token: str, tls: ssl.SSLContext) -> 
                     self.answer(200, {"access_token": token, "expires_in": 3600, "token_type": "Bearer"})
                     return
                 verify(self.headers.get("Authorization", ""))
-                name = re.fullmatch(r"/v1/(projects/.+):predict", self.path)
+                name = re.fullmatch(r"/v1/(projects/.+):(predict|rawPredict)", self.path)
                 check(name, f"{self.path} is not served here.", exceptions.NotFound)
+                if error := service.refused.get("Predict"):
+                    raise error
+                if name[2] == "rawPredict":
+                    content_type = self.headers.get("Content-Type", "")
+                    answer, id = service._raw_predict(name[1], body, content_type, "dedicated")
+                    ids = {"X-Vertex-AI-Endpoint-Id": name[1].split("/")[-1], "X-Vertex-AI-Deployed-Model-Id": id}
+                    self.send(answer.status_code, answer.content, answer.headers["Content-Type"], **ids)
+                    return
                 predictions, served = service._predict(name[1], body, "dedicated")
                 camel = {"deployed_model_id": "deployedModelId", "model_version_id": "modelVersionId",
                          "model_display_name": "modelDisplayName", "model": "model"}  # fmt: skip
                 self.answer(200, {"predictions": predictions} | {camel[k]: v for k, v in served.items()})
             except exceptions.GoogleAPICallError as e:
                 status = e.grpc_status_code.name if e.grpc_status_code else "INTERNAL"
-                self.answer(e.code, {"error": {"code": e.code, "message": e.message, "status": status}})
+                error = {"code": e.code, "message": e.message, "status": status}
+                if e.reason:
+                    kind = "type.googleapis.com/google.rpc.ErrorInfo"
+                    error["details"] = [{"@type": kind, "reason": e.reason, "domain": e.domain}]
+                self.answer(e.code, {"error": error})
 
         def answer(self, status: int, content: dict) -> None:
-            data = json.dumps(content).encode()
+            self.send(status, json.dumps(content).encode(), "application/json")
+
+        def send(self, status: int, data: bytes, content_type: str, **headers: str) -> None:
             self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
+            for key, value in {"Content-Type": content_type, "Content-Length": str(len(data)), **headers}.items():
+                self.send_header(key, value)
             self.end_headers()
             self.wfile.write(data)
 
@@ -636,7 +831,7 @@ def vertex_ai(images: dict[str, Path | str], bucket: str = "local-bucket") -> It
         authority().cert_pem.write_to_path(str(root))
         certificate = authority().issue_cert("localhost", "127.0.0.1")
         account = authority().issue_cert("tester@example.com", key_type=trustme.KeyType.RSA)
-        token = secrets.token_urlsafe()
+        token = service.token = secrets.token_urlsafe()
 
         def verify(authorization: str) -> None:
             sent = authorization.removeprefix("Bearer ")

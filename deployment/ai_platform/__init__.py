@@ -11,18 +11,11 @@ The functions are the commands. They raise the service's own errors (`google.api
 knows for the usual ones what helps.
 """
 
-from .client import (
-    connect,
-    delete,
-    find_endpoint,
-    get_endpoint,
-    overview,
-    traffic,
-    upload,
-)
+from .cleanup import delete, left_over
+from .client import connect, find_endpoint, find_endpoints, get_endpoint, get_model, overview, traffic, upload
 from .deployments import deploy
 from .jobs import batch, batch_results, error_in
-from .online import mask, predict, request_body
+from .online import mask, predict, predict_raw, request_body
 
 __all__ = [
     "batch",
@@ -32,10 +25,14 @@ __all__ = [
     "deploy",
     "error_in",
     "find_endpoint",
+    "find_endpoints",
     "get_endpoint",
+    "get_model",
+    "left_over",
     "mask",
     "overview",
     "predict",
+    "predict_raw",
     "request_body",
     "traffic",
     "upload",

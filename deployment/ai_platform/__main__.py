@@ -5,55 +5,28 @@ import base64
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from . import batch, batch_results, connect, delete, deploy, error_in, overview, predict, traffic, upload
-from .client import ACCELERATORS
+from . import (
+    batch,
+    batch_results,
+    connect,
+    delete,
+    deploy,
+    error_in,
+    left_over,
+    overview,
+    predict,
+    predict_raw,
+    traffic,
+    upload,
+)
+from .advice import remedy
+from .client import ACCELERATORS, place
+from .deployments import METRICS
 from .jobs import MAX_PIXELS
-
-
-def remedy(error: Exception, command: str = "", project: str = "PROJECT", image: str = "IMAGE") -> str:
-    """What to do about `error` of `command`, mostly a command of its own; empty where this module has no advice.
-
-    The error's class decides, and its reason, as the service names it in `google.rpc.ErrorInfo`.
-    """
-    from google.api_core import exceptions
-    from google.auth import exceptions as auth
-
-    me = "python -m deployment.ai_platform"
-    match error, command:
-        case (auth.DefaultCredentialsError() | auth.RefreshError() | exceptions.Unauthenticated(), _):
-            return "gcloud auth application-default login"
-        case (exceptions.PermissionDenied(reason="SERVICE_DISABLED"), _):
-            return f"gcloud services enable aiplatform.googleapis.com --project={project}"
-        case (exceptions.PermissionDenied(reason="BILLING_DISABLED"), _):
-            return f"gcloud billing projects link {project} --billing-account=ACCOUNT"
-        case (exceptions.PermissionDenied(), _):
-            return f"gcloud projects add-iam-policy-binding {project} --member=user:YOU --role=roles/aiplatform.user"
-        case (exceptions.TooManyRequests(), "predict"):
-            return "again in some minutes: a version with --min-replicas 0 starts, or all replicas are busy"
-        case (exceptions.TooManyRequests(), _):
-            return (
-                "another --accelerator or --location, or ask for more: gcloud beta quotas preferences create "
-                f"--service=aiplatform.googleapis.com --project={project} --preferred-value=1 --quota-id=QUOTA "
-                "--dimensions=region=LOCATION (QUOTA such as CustomModelServingT4GPUsPerProjectPerRegion)"
-            )
-        case (exceptions.NotFound(), "upload"):
-            return f"gcloud builds submit --config=cloudbuild.yaml --substitutions=_IMAGE={image}"
-        case (exceptions.NotFound(), "deploy" | "batch"):
-            return f"{me} upload IMAGE"
-        case (exceptions.NotFound(), "predict" | "traffic"):
-            return f"{me} deploy"
-        case (exceptions.FailedPrecondition(), "deploy"):
-            return (
-                f"gcloud logging read resource.type=aiplatform.googleapis.com/Endpoint --limit=50 --project={project}"
-            )
-        case (exceptions.FailedPrecondition(), "predict"):
-            return f"{me} list"
-        case (exceptions.ServiceUnavailable(), _):
-            return "check the network and --location, then try again"
-    return ""
+from .online import TIMEOUT
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -64,7 +37,16 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if named else super()._get_help_string(action)
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+def key_values(text: str) -> dict[str, str]:
+    """`KEY=VALUE,KEY=VALUE` as a dictionary, for argparse."""
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if not all(key and equals for key, equals, _ in pairs):
+        raise argparse.ArgumentTypeError(f"{text} is not KEY=VALUE,…")
+    return {key: value for key, _, value in pairs}
+
+
+def shared_options() -> tuple[argparse.ArgumentParser, ...]:
+    """The options that several commands have: of all, of machines, of what is made, of answers."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--name", default="fastunet", help="name of the model and of the endpoint")
     common.add_argument("--project", help="Google Cloud project (default: the credentials' own)")
@@ -72,15 +54,23 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     common.add_argument("--api-endpoint", help="another address of the API, such as a private one")
     common.add_argument("--verbose", action="store_true", help="show what Google's SDK says of each step")
     machines = argparse.ArgumentParser(add_help=False)
-    machines.add_argument("--version", help="version or alias of the model (default: the newest)")
-    machines.add_argument("--accelerator", choices=ACCELERATORS, default="none", help="GPU of each replica")
-    machines.add_argument("--machine", help="machine type (default: one that carries the accelerator)")
+    machines.add_argument("--version", help="version or alias (default: deploy the newest, batch the `default`)")
+    machines.add_argument("--accelerator", choices=ACCELERATORS, help="GPU of each replica (default: as deployed)")
+    machines.add_argument("--machine", help="machine type (default: the smallest that carries the accelerator)")
+    machines.add_argument("--service-account", help="that the container runs as (default: one without rights)")
+    made = argparse.ArgumentParser(add_help=False)
+    made.add_argument("--kms-key", metavar="projects/…/cryptoKeys/…", help="key of Cloud KMS that encrypts it")
+    made.add_argument("--labels", type=key_values, metavar="KEY=VALUE,…", help="labels, as for the bill")
     answers = argparse.ArgumentParser(add_help=False)
     answers.add_argument("--format", choices=["png", "overlay"], help="write masks (.png) or overlays (.jpg) to --out")
     answers.add_argument("--size", choices=["original"], help="masks at the photos' own size")
     answers.add_argument("--top", type=int, help="only so many probabilities, the highest")
     answers.add_argument("--out", type=Path, default=".", help="folder for the pictures")
+    return common, machines, made, answers
 
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    common, machines, made, answers = shared_options()
     about = "Host the serving image on Google Cloud: Vertex AI, now Gemini Enterprise Agent Platform."
     parser = argparse.ArgumentParser(prog="python -m deployment.ai_platform", description=about)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -88,29 +78,34 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     def command(name: str, help: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=help, description=help, parents=[common, *parents], formatter_class=Help)
 
-    p = command("upload", "register an image as the model's newest version")
+    p = command("upload", "register an image as the model's newest version", made)
     p.add_argument("image", help="REGION-docker.pkg.dev/PROJECT/REPOSITORY/NAME:TAG")
     p.add_argument("--artifacts", help="gs:// folder with the archive, for an image that holds none")
     p.add_argument("--torch-backend", default="cpu", help="that the image was built with; deploy warns by it")
 
-    p = command("deploy", "put a version behind the endpoint; make the endpoint where there is none", machines)
+    p = command("deploy", "put a version behind the endpoint, or scale it where it runs", machines, made)
     kept = "(default: as it is deployed, else"
     p.add_argument("--min-replicas", type=int, help=f"each costs all day; 0: a preview, none in idle hours {kept} 1)")
-    p.add_argument("--max-replicas", type=int, help=f"grow to so many machines {kept} 1)")
-    p.add_argument("--target", type=int, help=f"percent of GPU (or CPU) use that adds a machine {kept} 60)")
+    p.add_argument("--max-replicas", type=int, help=f"grow to so many machines; the quota must hold them {kept} 1)")
+    p.add_argument("--scale-on", choices=METRICS, help="what adds machines (default: the GPU's use, else the CPU's)")
+    p.add_argument("--target", type=int, help=f"percent of use, or requests a minute, that adds a machine {kept} 60)")
+    p.add_argument("--idle-after", type=int, help="seconds until the last machine goes, with --min-replicas 0")
     p.add_argument("--share", type=int, help="percent of the traffic (default: 100 on a new endpoint, else 0)")
     p.add_argument("--shared", action="store_true", help="a shared endpoint: 1.5 MB a request; dedicated: 10 MB")
+    p.add_argument("--inference-timeout", type=int, help="seconds for an answer of a dedicated endpoint, up to 3600")
     p.add_argument("--spot", action="store_true", help="Spot machines: cheaper, and may be taken away at any time")
     p.add_argument("--log-to", metavar="bq://PROJECT.DATASET.TABLE", help="log requests and answers to BigQuery")
     p.add_argument("--log-rate", type=float, default=1.0, help="part of the requests to log, 0 to 1")
 
     p = command("predict", "send image files; print the answers, or write pictures", answers)
     p.add_argument("images", nargs="+", type=Path)
+    p.add_argument("--raw", action="store_true", help="each image as it is, in a request of its own: up to 10 MB")
+    p.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds to wait for an answer")
 
-    p = command("batch", "predict many images by a job, from and to Cloud Storage", machines, answers)
+    p = command("batch", "predict many images by a job, from and to Cloud Storage", machines, made, answers)
     p.add_argument("source", nargs="+", help='image files, or gs:// files of {"b64": …} lines')
     p.add_argument("--to", required=True, metavar="gs://BUCKET/FOLDER", help="where the results go")
-    p.add_argument("--max-replicas", type=int, default=1, help="grow to so many machines")
+    p.add_argument("--replicas", type=int, default=1, help="machines, from start to end: jobs do not autoscale")
     p.add_argument("--batch-size", type=int, help="photos in one request (default: as many as the server takes)")
     p.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="of one request, as the model's configuration")
 
@@ -119,7 +114,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--undeploy", action="store_true", help="undeploy the versions that get none: they cost money")
 
     command("list", "show versions, deployments, traffic and jobs")
-    command("delete", "delete the endpoint, the jobs and the model; costs end here")
+    p = command("delete", "delete the endpoint, the jobs and the model; costs end here")
+    p.add_argument(
+        "--all", dest="every_endpoint", action="store_true", help="also where several endpoints are named so"
+    )
     return parser.parse_args(argv)
 
 
@@ -133,15 +131,15 @@ def run(args: argparse.Namespace) -> None:
         case "deploy":
             print(deploy(**options).resource_name)
         case "predict":
-            images, out = options.pop("images"), options.pop("out")
-            answers = predict(images, **options)
-            rows = ({"prediction": answer} for answer in answers)
+            images, out, raw = options.pop("images"), options.pop("out"), options.pop("raw")
+            ask = ask_raw if raw else predict
+            rows = ({"prediction": answer} for answer in ask(images, **options))
             report(zip(map(str, images), rows, strict=True), out)
         case "batch":
             out, folder = options.pop("out"), batch(destination=options.pop("to"), **options)
             print(folder)
-            rows = enumerate(batch_results(folder), 1)
-            report(((row["instance"].get("name", f"row-{n:06}"), row) for n, row in rows), out)
+            files = [source for source in args.source if not source.startswith("gs://")]
+            report(named_rows(batch_results(folder), files), out)
         case "traffic":
             shares = dict(share.split("=") for share in options.pop("shares"))
             traffic({version: int(percent) for version, percent in shares.items()}, **options)
@@ -149,8 +147,47 @@ def run(args: argparse.Namespace) -> None:
         case "list":
             print(overview(args.name))
         case "delete":
-            deleted = delete(args.name)
-            print("\n".join(f"deleted {d}" for d in deleted) or f"nothing was left of {args.name}")
+            stays = left_over(args.name)
+            deleted = delete(args.name, args.every_endpoint)
+            where = f"in {place()[1]}, the only region looked through (--location names another)"
+            print("\n".join(f"deleted {d}" for d in deleted) or f"nothing was left of {args.name} {where}")
+            if deleted:
+                print(f"no more of {args.name} {where}. What stays, and how to remove it:", *stays, sep="\n  ")
+
+
+def ask_raw(images: Sequence[Path], **options) -> Iterator[dict]:
+    """The answers to the images, one by one and raw; a picture as `{"png": …}` or `{"jpeg": …}`, an error in place."""
+    from google.api_core import exceptions
+
+    for image in images:
+        try:
+            answer = predict_raw(image, **options)
+        except exceptions.GoogleAPICallError as error:
+            if error.code not in (400, 413) or isinstance(error, exceptions.FailedPrecondition):
+                raise
+            answer = {"error": {"message": error.message}}  # this image's own; the others may be good
+        if isinstance(answer, bytes):
+            kind = "png" if options["format"] == "png" else "jpeg"
+            answer = {kind: base64.b64encode(answer).decode()}
+        yield answer
+
+
+def named_rows(rows: Iterable[dict], files: Sequence[str]) -> Iterator[tuple[str, dict]]:
+    """The rows of a job with the name of each, and a row for each of `files` that has none.
+
+    Of a request that failed as a whole the service may keep nothing but the reason.
+    """
+    left = set(files)
+    for n, row in enumerate(rows, 1):
+        name = row["instance"].get("name")
+        if name or not files:
+            left.discard(name)
+            yield name or f"row-{n:06}", row
+        else:
+            print(f"a request failed: {error_in(row)}")
+    for name in files:
+        if name in left:
+            yield name, {"error": "no answer: its request failed"}
 
 
 def report(rows: Iterable[tuple[str, dict]], out: Path) -> None:
@@ -195,8 +232,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         connect(args.project, args.location, args.api_endpoint, args.verbose)
         run(args)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (GoogleAPICallError, GoogleAuthError, ValueError, OSError, RuntimeError) as e:
-        advice = remedy(e, args.command, args.project or "PROJECT", getattr(args, "image", "IMAGE"))
+        options = {key: getattr(args, key) for key in ("image", "accelerator", "max_replicas") if hasattr(args, key)}
+        location = args.location or "us-central1"
+        advice = remedy(e, args.command, args.project or "PROJECT", location=location, **options)
         message = " ".join(str(getattr(e, "message", e)).split())
         sys.exit(f"error: {message}" + (f"\n  try: {advice}" if advice else ""))
 

@@ -4,8 +4,8 @@ import copy
 import logging
 from typing import TYPE_CHECKING
 
-from .client import ACCELERATORS, find_endpoint, set_sdk_level
-from .progress import progress
+from .client import ACCELERATORS, check_gpu, find_endpoint, get_endpoint, get_model, promote, set_sdk_level
+from .progress import limited, progress
 
 if TYPE_CHECKING:
     from google.cloud import aiplatform
@@ -13,117 +13,198 @@ if TYPE_CHECKING:
 
 # Of what is deployed, all that can be changed in place (of `dedicated_resources`).
 SCALING = ("min_replica_count", "max_replica_count", "autoscaling_metric_specs")
+METRICS = {  # what --scale-on names: the SDK's argument, the API's metric
+    "requests": ("autoscaling_target_request_count_per_minute", "request_count"),
+    "cpu": ("autoscaling_target_cpu_utilization", "cpu/utilization"),
+    "gpu": ("autoscaling_target_accelerator_duty_cycle", "accelerator/duty_cycle"),
+}
+IDLE = (300, 28_800)  # seconds that --idle-after may be
 
 
+@limited(2 * 3600)
 def deploy(
     name: str = "fastunet",
     version: str | None = None,
     *,
-    accelerator: str = "none",
+    accelerator: str | None = None,
     machine: str | None = None,
     min_replicas: int | None = None,
     max_replicas: int | None = None,
+    scale_on: str | None = None,
     target: int | None = None,
+    idle_after: int | None = None,
     share: int | None = None,
     shared: bool = False,
     spot: bool = False,
+    service_account: str | None = None,
+    kms_key: str | None = None,
+    inference_timeout: int | None = None,
+    labels: dict[str, str] | None = None,
     log_to: str | None = None,
     log_rate: float = 1.0,
 ) -> "aiplatform.Endpoint":
     """Deploys a version of the model (default: the newest) to the endpoint `name`, which it makes where there is none.
 
-    A version that the endpoint has on such a machine already is not deployed once more: its replicas and its target
-    become what is given here, and stay as they are where nothing is given.
+    A version that runs there is not deployed once more: its replicas and its target become what is given here, and
+    stay as they are where nothing is given. A version that has all of the traffic becomes the model's `default`.
 
     Args:
-        accelerator: none, T4 or L4; one per replica.
-        machine: the machine type; by default one that carries the accelerator.
-        min_replicas: 1 by default. 0 lets the last replica go when no request came for a while, and costs nothing then.
-            Requests fail until one runs again, for minutes. (A preview: the SDK's `preview`, API v1beta1.)
-        max_replicas: 1 by default.
-        target: percent of use (of the GPU where there is one, else of the CPU) at which replicas are added; 60 by
-            default.
-        share: percent of the traffic for this version, taken from the others alike (default: all of it on a new
-            endpoint, none on one that serves already).
-        shared: make a shared endpoint: requests of 1.5 MB and 60 s, where a dedicated one takes 10 MB and an hour.
+        accelerator, machine: one of `ACCELERATORS`, one per replica, and the machine type; by default those of the
+            version where it runs, else no GPU, and the smallest machine that carries the accelerator.
+        min_replicas: 1 by default. 0 lets the last replica go when no request came for `idle_after` seconds (300 to
+            28,800), and costs nothing then. Requests fail until one runs again, for minutes. (A preview: API v1beta1.)
+        max_replicas: 1 by default. The quota must hold so many.
+        scale_on: what adds replicas, of `METRICS`; by default the GPU's use where there is one, else the CPU's. On a
+            machine with a GPU the service looks at both, whichever is higher; the other one's target is 60.
+        target: percent of use, 60 by default; of `requests` how many a minute each replica takes, which has no default.
+        share: percent of the traffic, taken from the others alike (default: all on a new endpoint, else none).
+        shared: make a shared endpoint: requests of 1.5 MB and 60 s, where a dedicated one takes 10 MB and 10 minutes.
         spot: on Spot machines, which are cheaper and may be taken away at any time.
-        log_to: BigQuery table `bq://project.dataset.table` for requests and answers, `log_rate` of them (0 to 1).
+        service_account: that the container runs as, by default one without rights in the project.
+        kms_key, inference_timeout, labels, log_to, log_rate: of the endpoint, see `endpoint_for`.
 
     Raises:
-        ValueError: `shared` or `log_to` for an endpoint that exists without it (both are settled at its creation),
-            another `share` for a version that is deployed already, `spot` with no `min_replicas`, or `min_replicas` 0
-            for a version that is deployed with more, or the other way round.
+        ValueError: options that do not go together, or that a version or an endpoint that exists cannot get in place.
     """
-    from google.cloud import aiplatform
-
-    if spot and min_replicas == 0:
-        raise ValueError("--spot and --min-replicas 0 do not go together: the preview API takes no Spot machines")
-    model = aiplatform.Model(name, version=version)
-    gpu, carrier = ACCELERATORS[accelerator]
-    machine = machine or carrier
-    if gpu and model.labels.get("torch_backend") == "cpu":
-        print(
-            f"warning: version {model.version_id} was uploaded as an image for the CPU, which leaves the {accelerator} "
-            "unused: build it with TORCH_BACKEND=cu126, and upload it with --torch-backend cu126",
-            flush=True,
-        )
-    endpoint = endpoint_for(name, shared, log_to, log_rate)
-    scaling = {"min_replicas": min_replicas, "max_replicas": max_replicas, "target": target}
-    if deployed := find_deployed(endpoint, model.version_id, machine, gpu, spot):
+    check_options(scale_on, target, min_replicas, spot, idle_after)
+    model, endpoint = get_model(name, version), find_endpoint(name)
+    deployed = endpoint and find_deployed(endpoint, model.version_id, accelerator, machine, spot, service_account)
+    if not deployed:
+        check_gpu(model, ACCELERATORS[accelerator or "none"][0])
+    settled = {"shared": shared, "log_to": log_to, "kms_key": kms_key, "inference_timeout": inference_timeout}
+    endpoint = endpoint_for(name, endpoint, log_rate=log_rate, labels=labels, **settled)
+    scaling = {"min_replicas": min_replicas, "max_replicas": max_replicas, "scale_on": scale_on, "target": target}
+    if deployed:
         rescale(endpoint, deployed, share, **scaling)
     else:
-        deploy_new(endpoint, model, machine, gpu, share=share, spot=spot, **scaling)
-    return aiplatform.Endpoint(endpoint.resource_name)
+        options = {"spot": spot, "idle_after": idle_after, "service_account": service_account}
+        deploy_new(endpoint, model, accelerator or "none", machine, share=share, **scaling, **options)
+    return with_default(name)
 
 
-def endpoint_for(name: str, shared: bool, log_to: str | None, log_rate: float) -> "aiplatform.Endpoint":
-    """The endpoint `name` of the kind that `deploy` is asked for, made where there is none.
+def with_default(name: str) -> "aiplatform.Endpoint":
+    """The endpoint as it is now; a version with all of its traffic becomes the model's `default`."""
+    endpoint = get_endpoint(name)
+    for deployed in endpoint.list_models():
+        if endpoint.traffic_split.get(deployed.id) == 100:
+            promote(name, deployed.model_version_id)
+    return endpoint
+
+
+def check_options(
+    scale_on: str | None, target: int | None, min_replicas: int | None, spot: bool, idle_after: int | None
+) -> None:
+    """Raises ValueError for options that do not go together, before anything is made."""
+    if scale_on == "requests" and target is None:
+        raise ValueError("--scale-on requests needs a --target: how many requests a minute one replica takes")
+    if spot and min_replicas == 0:
+        raise ValueError("--spot and --min-replicas 0 do not go together: the preview API takes no Spot machines")
+    if idle_after is not None and (min_replicas != 0 or not IDLE[0] <= idle_after <= IDLE[1]):
+        raise ValueError(f"--idle-after takes {IDLE[0]} to {IDLE[1]} seconds, and goes with --min-replicas 0")
+
+
+def endpoint_for(
+    name: str,
+    endpoint: "aiplatform.Endpoint | None",
+    *,
+    shared: bool,
+    log_to: str | None,
+    log_rate: float,
+    kms_key: str | None,
+    inference_timeout: int | None,
+    labels: dict[str, str] | None,
+) -> "aiplatform.Endpoint":
+    """The endpoint `name` of the kind that `deploy` is asked for: the one that exists, or a new one.
+
+    Args:
+        log_to: BigQuery table `bq://project.dataset.table` for requests and answers, `log_rate` of them (0 to 1).
+        kms_key: a key of Cloud KMS, `projects/…/cryptoKeys/…`; the version must have been uploaded with it.
+        inference_timeout: seconds that a dedicated endpoint waits for an answer, 3600 at most (default: 600).
+        labels: an endpoint that exists gets them in place of those it has.
 
     Raises:
-        ValueError: there is one of another kind.
+        ValueError: there is one of another kind; all but the labels is settled when it is made.
     """
     from google.cloud import aiplatform
 
-    endpoint = find_endpoint(name)
     if endpoint is None:
+        if shared and inference_timeout:
+            raise ValueError("a shared endpoint waits 60 s: --inference-timeout is for a dedicated one")
         with progress(f"making endpoint {name}"):
             return aiplatform.Endpoint.create(
                 display_name=name,
+                labels=labels,
+                encryption_spec_key_name=kms_key,
                 dedicated_endpoint_enabled=not shared,
+                inference_timeout=inference_timeout,
                 enable_request_response_logging=bool(log_to),
                 request_response_logging_bq_destination_table=log_to,
                 request_response_logging_sampling_rate=log_rate,
+                create_request_timeout=60,
             )
+    made = endpoint.gca_resource
+    otherwise = ""
     if shared and endpoint.dedicated_endpoint_enabled:
-        raise ValueError(f"endpoint {name} is a dedicated one already: delete it first, or use another --name")
-    if log_to and not endpoint.gca_resource.predict_request_response_logging_config.enabled:
-        raise ValueError(f"endpoint {name} exists without a request log: delete it first, or use another --name")
+        otherwise = "is a dedicated one already"
+    if log_to and not made.predict_request_response_logging_config.enabled:
+        otherwise = "exists without a request log"
+    if kms_key and made.encryption_spec.kms_key_name != kms_key:
+        otherwise = "exists without that --kms-key"
+    waits = made.client_connection_config.inference_timeout
+    if inference_timeout and (not waits or waits.total_seconds() != inference_timeout):
+        otherwise = "exists with another --inference-timeout"
+    if otherwise:
+        raise ValueError(f"endpoint {name} {otherwise}: delete it first, or use another --name")
+    if labels and endpoint.labels != labels:
+        endpoint.update(labels=labels)
     return endpoint
 
 
 def find_deployed(
-    endpoint: "aiplatform.Endpoint", version: str, machine: str, gpu: str | None, spot: bool
+    endpoint: "aiplatform.Endpoint",
+    version: str,
+    accelerator: str | None,
+    machine: str | None,
+    spot: bool,
+    service_account: str | None,
 ) -> "DeployedModel | None":
-    """What `endpoint` has of this version on such machines, None where it has nothing."""
+    """What `endpoint` has of this version, on such machines and as that account, where any are named; else None."""
     for deployed in endpoint.list_models():
-        spec = deployed.dedicated_resources.machine_spec
-        has_gpu = spec.accelerator_type.name if spec.accelerator_type else None
-        same_machine = (spec.machine_type, has_gpu, deployed.dedicated_resources.spot) == (machine, gpu, spot)
-        if same_machine and deployed.model_version_id == version:
+        resources = deployed.dedicated_resources
+        spec = resources.machine_spec
+        gpu, carrier = ACCELERATORS[accelerator or "none"]
+        has = (spec.machine_type, spec.accelerator_type.name if spec.accelerator_type else None, resources.spot)
+        same_machine = (accelerator, machine, spot) == (None, None, False) or has == (machine or carrier, gpu, spot)
+        same_account = service_account in (None, deployed.service_account)
+        if same_machine and same_account and deployed.model_version_id == version:
             return deployed
     return None
+
+
+def metric_of(scale_on: str | None, gpu: object) -> tuple[str, str]:
+    """The SDK's argument and the API's metric for what adds replicas.
+
+    Raises:
+        ValueError: it is the GPU's use, and there is none.
+    """
+    if scale_on == "gpu" and not gpu:
+        raise ValueError("--scale-on gpu needs an --accelerator")
+    return METRICS[scale_on or ("gpu" if gpu else "cpu")]
 
 
 def deploy_new(
     endpoint: "aiplatform.Endpoint",
     model: "aiplatform.Model",
-    machine: str,
-    gpu: str | None,
+    accelerator: str,
+    machine: str | None,
     *,
     share: int | None,
     spot: bool,
+    idle_after: int | None,
+    service_account: str | None,
     min_replicas: int | None,
     max_replicas: int | None,
+    scale_on: str | None,
     target: int | None,
 ) -> None:
     """Deploys `model` to `endpoint` on machines of its own, and waits for it."""
@@ -133,20 +214,25 @@ def deploy_new(
         from google.cloud.aiplatform.preview import models as preview
 
         set_sdk_level(logging.getLogger("google.cloud.aiplatform.models").level)  # of what was just imported
-        options = {"initial_replica_count": 1}
+        options = {"initial_replica_count": 1, "idle_scaledown_period": idle_after}
         model = preview.Model(model.name, version=model.version_id)
         endpoint = preview.Endpoint(endpoint.resource_name)
-    metric = "autoscaling_target_accelerator_duty_cycle" if gpu else "autoscaling_target_cpu_utilization"
-    with progress(f"deploying version {model.version_id} to endpoint {endpoint.display_name} (often 5 to 15 minutes)"):
+    gpu, carrier = ACCELERATORS[accelerator]
+    argument, _ = metric_of(scale_on, gpu)
+    what = f"deploying version {model.version_id} to endpoint {endpoint.display_name} (often 5 to 15 minutes)"
+    stop = f"python -m deployment.ai_platform delete --name {endpoint.display_name}, once it is deployed"
+    with progress(what, stop):
         model.deploy(
             endpoint,
-            machine_type=machine,
+            machine_type=machine or carrier,
             accelerator_type=gpu,
             accelerator_count=1 if gpu else None,
             min_replica_count=min_replicas,
             max_replica_count=max(min_replicas, max_replicas or 1),
             traffic_percentage=share or 0,
-            **{metric: 60 if target is None else target},
+            service_account=service_account,
+            deploy_request_timeout=60,
+            **{argument: 60 if target is None else target},
             **options,
         )
 
@@ -157,6 +243,7 @@ def rescale(
     share: int | None,
     min_replicas: int | None,
     max_replicas: int | None,
+    scale_on: str | None,
     target: int | None,
 ) -> None:
     """Changes the replicas and the target of what is deployed in place, where they differ, and waits for it.
@@ -174,10 +261,10 @@ def rescale(
     if min_replicas is not None:
         wanted.min_replica_count = min_replicas
         wanted.max_replica_count = max(min_replicas, wanted.max_replica_count)
-    if target is not None:
-        metric = "accelerator/duty_cycle" if resources.machine_spec.accelerator_type else "cpu/utilization"
+    if target is not None or scale_on:
+        _, metric = metric_of(scale_on, resources.machine_spec.accelerator_type)
         name = f"aiplatform.googleapis.com/prediction/online/{metric}"
-        wanted.autoscaling_metric_specs = [{"metric_name": name, "target": target}]
+        wanted.autoscaling_metric_specs = [{"metric_name": name, "target": 60 if target is None else target}]
     if bool(wanted.min_replica_count) != bool(resources.min_replica_count):
         raise ValueError(
             f"version {version} is deployed with --min-replicas {resources.min_replica_count}, which cannot become "
@@ -194,4 +281,5 @@ def rescale(
         "update_mask": {"paths": [f"dedicated_resources.{field}" for field in changed]},
     }
     with progress(f"scaling version {version}: {wanted.min_replica_count} to {wanted.max_replica_count} replica(s)"):
-        endpoint.api_client.mutate_deployed_model(request=request).result()  # the SDK has no wrapper for it
+        # the SDK has no wrapper for it
+        endpoint.api_client.mutate_deployed_model(request=request, timeout=60).result()

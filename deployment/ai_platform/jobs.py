@@ -1,10 +1,12 @@
 """Batch prediction: many photos by a job, from and to Cloud Storage."""
 
+import ast
 import base64
 import contextlib
 import io
 import json
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,18 +14,23 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from .client import ACCELERATORS
-from .progress import progress
+from .client import ACCELERATORS, check_gpu
+from .progress import limited, progress
 
 if TYPE_CHECKING:
-    from google.cloud import storage
+    from google.cloud import aiplatform, storage
 
 # What the container takes in one request. The service makes requests of `batch_size` lines, whatever their sizes.
 MAX_INSTANCES = 64  # protocol.MAX_INSTANCES
 MAX_BYTES = 20_000_000  # server/config.properties, less 5 % for JSON that is written otherwise than here
 MAX_PIXELS = 50_000_000  # photos.Preprocessor
+# All states that end a job. The SDK's own wait knows neither of the last two, and would wait on.
+FAILED = {"JOB_STATE_FAILED", "JOB_STATE_CANCELLED", "JOB_STATE_PAUSED", "JOB_STATE_EXPIRED"}
+ENDED = FAILED | {"JOB_STATE_SUCCEEDED", "JOB_STATE_PARTIALLY_SUCCEEDED"}
+WAIT = 15  # seconds between two looks at a job
 
 
+@limited(24 * 3600)
 def batch(
     source: Sequence[Path | str],
     destination: str,
@@ -32,55 +39,85 @@ def batch(
     *,
     accelerator: str = "none",
     machine: str | None = None,
-    max_replicas: int = 1,
+    replicas: int = 1,
     batch_size: int | None = None,
     max_pixels: int = MAX_PIXELS,
+    service_account: str | None = None,
+    kms_key: str | None = None,
+    labels: dict[str, str] | None = None,
     **parameters: str,
 ) -> str:
     """Runs a batch prediction job; returns the `gs://` folder below `destination` that holds its results.
 
     The job brings its own machines and needs no endpoint. It may succeed with errors among its rows: see `error_in`.
+    Its rows come in no order; those of image files bear their names.
 
     Args:
-        source: image files, which are sent to `destination` as JSONL first, or `gs://` files in that form: one
-            `{"b64": …}` a line.
+        source: image files, sent to `destination` as JSONL first, or `gs://` files of such lines, `{"b64": …}` each.
+        version: version or alias, by default `default`.
+        replicas: machines, from the start to the end: batch jobs do not autoscale.
         batch_size: lines in one request; by default as many as the container takes, whichever they are. Lines in
             Cloud Storage are read through for that. Set it for a model that sees more than 880 × 880 pixels, where
             small photos count for more than they have.
         max_pixels: what the container takes in one request, where the model's configuration says another number.
+        service_account, kms_key, labels: who the container is (by default nobody with rights in the project), the key
+            of Cloud KMS that encrypts what the job keeps, its labels.
         parameters: the server's `format` and `size`.
 
     Raises:
-        ValueError: there is no photo, or a photo alone is larger than the container takes.
+        ValueError: there is no photo, a photo alone is larger than the container takes, or the version needs a GPU.
         FileNotFoundError: there is no such file, here or in Cloud Storage.
-        RuntimeError: the job failed.
+        RuntimeError: the job failed, expired or was cancelled.
     """
     from google.cloud import aiplatform
 
     model = aiplatform.Model(name, version=version)
+    gpu, carrier = ACCELERATORS[accelerator]
+    check_gpu(model, gpu)
+    inputs, sizes = gather(source, destination, measured=batch_size is None)
+    machines = {"machine_type": machine or carrier, "accelerator_type": gpu, "accelerator_count": 1 if gpu else None}
+    machines |= {"starting_replica_count": replicas, "max_replica_count": replicas}  # the latter is not looked at
+    job = aiplatform.BatchPredictionJob.submit(
+        job_display_name=name,
+        model_name=model.versioned_resource_name,
+        gcs_source=inputs,
+        gcs_destination_prefix=destination,
+        model_parameters=parameters or None,
+        batch_size=batch_size or lines_per_request(sizes, max_pixels),
+        service_account=service_account,
+        encryption_spec_key_name=kms_key,
+        labels=labels,
+        create_request_timeout=60,
+        **machines,
+    )
+    return wait_for(job, model.version_id)
+
+
+def gather(source: Sequence[Path | str], destination: str, measured: bool) -> tuple[list[str], list[tuple[int, int]]]:
+    """The `gs://` files with all lines of `source`, and the bytes and pixels of each; image files are sent first.
+
+    What lies in Cloud Storage is read for that only where it is to be `measured`.
+    """
     inputs = [str(s) for s in source if str(s).startswith("gs://")]
     files = [Path(s) for s in source if not str(s).startswith("gs://")]
     check_sizes(files)
     client = storage_client()
-    sizes = [size for uri in inputs for size in measure(uri, client)] if batch_size is None else []
+    sizes = [size for uri in inputs for size in measure(uri, client)] if measured else []
     if files:
         uri = f"{destination.rstrip('/')}/input-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
         sizes += send(files, uri, client)
         inputs.append(uri)
-    gpu, carrier = ACCELERATORS[accelerator]
-    with progress(f"batch prediction with version {model.version_id} (often 10 minutes before the first image)"):
-        job = model.batch_predict(
-            job_display_name=name,
-            gcs_source=inputs,
-            gcs_destination_prefix=destination,
-            model_parameters=parameters or None,
-            machine_type=machine or carrier,
-            accelerator_type=gpu,
-            accelerator_count=1 if gpu else None,
-            starting_replica_count=1,
-            max_replica_count=max_replicas,
-            batch_size=batch_size or lines_per_request(sizes, max_pixels),
-        )
+    return inputs, sizes
+
+
+def wait_for(job: "aiplatform.BatchPredictionJob", version: str) -> str:
+    """The folder with the job's results, once it has ended; RuntimeError where it ended without any."""
+    what = f"batch prediction with version {version} (often 10 minutes before the first image)"
+    with progress(what, stop="python -m deployment.ai_platform delete, which cancels the job first"):
+        while (state := job.state.name) not in ENDED:
+            time.sleep(WAIT)
+    if state in FAILED:
+        raise RuntimeError(f"the job ended as {state}: {job.error.message if job.error else 'without a reason'}")
     return job.output_info.gcs_output_directory
 
 
@@ -173,13 +210,27 @@ def batch_results(folder: str) -> Iterator[dict]:
     """The rows of a batch job's output, in the service's order, those of requests that failed last.
 
     Each is `{"instance": …, "prediction": …}` or `{"instance": …, "error": …}`; `error_in` knows both kinds of errors.
+    Of a request that failed as a whole the service may keep the reason alone: its row has an empty instance, and the
+    photos of that request have no rows.
     """
     client = storage_client()
     bucket, _, prefix = folder.removeprefix("gs://").partition("/")
-    for kind in ("prediction.results", "prediction.errors"):
-        for blob in client.list_blobs(bucket, prefix=f"{prefix}/{kind}"):
+    blobs = sorted(client.list_blobs(bucket, prefix=f"{prefix}/"), key=lambda blob: "error" in blob.name.split("/")[-1])
+    for blob in blobs:
+        if re.match(r"predictions?[._]|errors?[._]", blob.name.split("/")[-1]):
             with blob.open("rb") as lines:
-                yield from map(json.loads, lines)
+                yield from (read_row(line.decode()) for line in lines if line.strip())
+
+
+def read_row(line: str) -> dict:
+    """One line of a batch job's output: JSON, or of a failed request a Python tuple of its message and its code."""
+    with contextlib.suppress(ValueError):
+        return json.loads(line)
+    try:
+        message, code = ast.literal_eval(line.strip())
+    except (ValueError, SyntaxError, TypeError):
+        message, code = line.strip(), 2  # UNKNOWN
+    return {"instance": {}, "error": {"code": code, "message": message}}
 
 
 def error_in(row: dict) -> str | None:

@@ -1,0 +1,184 @@
+"""The client without the stand-in: on samples of what the service sends, and against Google's own references."""
+
+import io
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import requests
+from google.api_core import exceptions
+from google.auth.credentials import AnonymousCredentials
+from google.cloud import aiplatform
+from google.cloud.aiplatform_v1 import types
+from google.cloud.aiplatform_v1.services.endpoint_service import EndpointServiceClient
+from google.cloud.aiplatform_v1.services.job_service import JobServiceClient
+from google.cloud.aiplatform_v1.services.model_service import ModelServiceClient
+from google.longrunning import operations_pb2
+from google.protobuf import json_format
+
+from deployment import ai_platform
+from deployment.ai_platform import jobs, online
+from deployment.ai_platform.__main__ import named_rows
+from deployment.ai_platform.advice import remedy
+from deployment.ai_platform.client import known_endpoints
+
+SAMPLES = Path(__file__).parent / "samples"
+SEEN = json.loads((SAMPLES / "ai_platform.json").read_text())
+BEHAVIOR = json.loads((SAMPLES / "field_behavior.json").read_text())["fields"]
+
+
+@pytest.fixture
+def endpoint(monkeypatch) -> types.Endpoint:
+    """The sample's endpoint, which the SDK finds in place of asking the service."""
+    message = types.Endpoint.from_json(json.dumps(SEEN["endpoint"]["endpoint"]))
+    monkeypatch.setattr(EndpointServiceClient, "list_endpoints", lambda self, *args, **options: [message])
+    monkeypatch.setattr(EndpointServiceClient, "get_endpoint", lambda self, *args, **options: message)
+    monkeypatch.setattr(JobServiceClient, "list_batch_prediction_jobs", lambda self, *args, **options: [])
+
+    def no_model(self, *args, **options):
+        raise exceptions.NotFound("no model")
+
+    monkeypatch.setattr(ModelServiceClient, "get_model", no_model)
+    monkeypatch.setattr("google.auth.default", lambda **options: (AnonymousCredentials(), "my-project"))
+    monkeypatch.delenv("AI_PLATFORM_API_ENDPOINT", raising=False)
+    ai_platform.connect()
+    yield message
+    known_endpoints.clear()
+
+
+@pytest.mark.parametrize("sample", SEEN["error_lines"], ids=lambda sample: str(sample["code"]))
+def test_lines_of_failed_requests(sample):
+    row = jobs.read_row(sample["line"])
+    assert sample["message"] in ai_platform.error_in(row) and row["error"]["code"] == sample["code"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("prediction.errors_stats-00000-of-00001", "prediction.results-00000-of-00001"),
+        ("errors_0001.jsonl", "predictions_0001.jsonl"),
+    ],
+)
+def test_results_and_errors_are_read_by_both_names_that_google_gives(names, monkeypatch):
+    lines = {"error": SEEN["error_lines"][0]["line"], "predict": '{"instance": {}, "prediction": {"label": "cat"}}'}
+
+    def blob(name: str) -> SimpleNamespace:
+        text = lines["error" if "error" in name else "predict"]
+        return SimpleNamespace(name=f"out/job/{name}", open=lambda mode: io.BytesIO(f"{text}\n\n".encode()))
+
+    client = SimpleNamespace(list_blobs=lambda bucket, prefix: map(blob, (*names, "input.jsonl")))
+    monkeypatch.setattr(jobs, "storage_client", lambda: client)
+    good, bad = ai_platform.batch_results("gs://bucket/out/job")
+    assert good["prediction"] == {"label": "cat"} and "504" in ai_platform.error_in(bad)
+
+
+def test_photos_of_a_failed_request_are_named(capsys):
+    rows = [{"instance": {"name": "b.png"}, "prediction": {}}, jobs.read_row(SEEN["error_lines"][0]["line"])]
+    named = dict(named_rows(rows, ["a.png", "b.png", "c.png"]))
+    assert list(named) == ["b.png", "a.png", "c.png"]  # the service keeps no order
+    assert ai_platform.error_in(named["a.png"]) == "no answer: its request failed"
+    assert "Non-OK result 504" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sample", SEEN["refusals"], ids=lambda sample: sample["class"])
+def test_refusals_keep_class_and_reason(sample):
+    error = online.refusal(sample["status"], json.dumps(sample["body"]))
+    assert type(error) is getattr(exceptions, sample["class"]) and error.reason == sample["reason"]
+    assert error.message == sample["body"].get("error", sample["body"])["message"]
+
+
+def test_an_endpoint_is_shown_and_asked_at_its_own_address(endpoint, monkeypatch):
+    asked = []
+
+    def post(self, url, data=None, headers=None, timeout=None):
+        asked.append((url, data, headers["Content-Type"], timeout))
+        answer = requests.Response()
+        answer.status_code, answer.headers["Content-Type"] = 200, "application/json"
+        answer._content = b'{"predictions": [{"label": "cat"}]}' if url.endswith(":predict") else b'{"label": "cat"}'
+        return answer
+
+    monkeypatch.setattr("google.auth.transport.requests.AuthorizedSession.post", post)
+    shown = ai_platform.overview()
+    assert "version 3  100 % of traffic  g2-standard-4 + NVIDIA_L4  1 to 4 replica(s)" in shown
+    assert ai_platform.predict([b"photo"]) == [{"label": "cat"}]
+    assert ai_platform.predict_raw(b"photo") == {"label": "cat"}
+    ai_platform.predict_raw(b"photo", format="png", timeout=90)
+    base = f"https://{endpoint.dedicated_endpoint_dns}/v1/{endpoint.name}"
+    [json_, raw, form] = asked
+    assert json_[0] == f"{base}:predict" and json.loads(json_[1]) == {"instances": [{"b64": "cGhvdG8="}]}
+    assert raw == (f"{base}:rawPredict", b"photo", "application/octet-stream", 60)
+    assert form[0] == raw[0] and b'name="format"\r\n\r\npng' in form[1] and form[2].startswith("multipart/form-data")
+    assert json_[3] == 60 and form[3] == 90
+    with pytest.raises(ValueError, match="10.67 MB, and this endpoint takes 10.0 MB"):
+        ai_platform.predict([bytes(8_000_000)])
+    ai_platform.predict_raw(bytes(9_900_000))
+    with pytest.raises(ValueError, match="10.10 MB, and this endpoint takes 10.0 MB"):
+        ai_platform.predict_raw(bytes(10_100_000))
+
+
+def test_a_request_without_an_answer_ends(endpoint, monkeypatch):
+    def post(self, **options):
+        raise requests.ReadTimeout("read timed out")
+
+    monkeypatch.setattr("google.auth.transport.requests.AuthorizedSession.post", post)
+    for ask in (lambda: ai_platform.predict([b"photo"], timeout=5), lambda: ai_platform.predict_raw(b"", timeout=5)):
+        with pytest.raises(exceptions.DeadlineExceeded, match="no answer within 5 s"):
+            ask()
+
+
+@pytest.mark.parametrize("state", sorted(jobs.ENDED))
+def test_every_end_of_a_job_is_known(state, endpoint, monkeypatch):
+    assert state in types.JobState.__members__
+    made = []
+    job = types.BatchPredictionJob.from_json(json.dumps(SEEN["job"]["job"]))
+
+    def create(self, *args, **options):
+        made.append(options["batch_prediction_job"])
+        return job
+
+    def look(self, *args, **options):
+        job.state = types.JobState.JOB_STATE_RUNNING if len(made) == 1 else state
+        made.append(None)
+        return job
+
+    model = types.Model(name=job.model, version_id="3", version_aliases=["default"])
+    monkeypatch.setattr(JobServiceClient, "create_batch_prediction_job", create)
+    monkeypatch.setattr(JobServiceClient, "get_batch_prediction_job", look)
+    monkeypatch.setattr(ModelServiceClient, "get_model", lambda self, *args, **options: model)
+    monkeypatch.setattr(jobs, "WAIT", 0)
+    ask = {"source": ["gs://bucket/input.jsonl"], "destination": "gs://bucket/out", "batch_size": 8, "replicas": 3}
+    if state in jobs.FAILED:
+        with pytest.raises(RuntimeError, match=f"the job ended as {state}"):
+            ai_platform.batch(**ask)
+    else:
+        assert ai_platform.batch(**ask) == job.output_info.gcs_output_directory
+    sent = made[0]
+    assert sent.dedicated_resources.starting_replica_count == 3  # what counts: jobs do not autoscale
+    assert sent.input_config.instances_format == "jsonl" and sent.manual_batch_tuning_parameters.batch_size == 8
+
+
+def test_the_sdk_deprecates_nothing_of_this():
+    for cls in (aiplatform.Model, aiplatform.Endpoint, aiplatform.BatchPredictionJob):
+        for name in ("__init__", "upload", "deploy", "predict", "raw_predict", "create", "submit", "list"):
+            assert "deprecated" not in (getattr(getattr(cls, name, None), "__doc__", None) or "").lower()
+
+
+def test_a_deployment_that_fails_says_where_to_look():
+    operation = json_format.ParseDict(SEEN["operation"]["operation"], operations_pb2.Operation())
+    error = exceptions.from_grpc_status(operation.error.code, operation.error.message)
+    assert isinstance(error, exceptions.FailedPrecondition) and "never became ready" in error.message
+    assert remedy(error, "deploy", "mine").startswith("gcloud logging read")
+
+
+def test_the_annotations_are_those_of_the_installed_sdk():
+    """The SDK's docstrings are the comments of the same protos, in which Google names what is required and fixed."""
+    words = {"REQUIRED": "Required", "IMMUTABLE": "Immutable", "OUTPUT_ONLY": "Output only"}
+    for name, fields in BEHAVIOR.items():
+        message = types
+        for part in name.split("."):
+            message = getattr(message, part)
+        documented = dict(re.findall(r"^ +(\w+) \([^\n]*\n(.*?)(?=^ +\w+ \(|\Z)", message.__doc__, re.M | re.S))
+        for field, behavior in fields.items():
+            assert all(words[b] in documented[field] for b in behavior), f"{name}.{field} is no longer {behavior}"
