@@ -130,13 +130,14 @@ def set_batch_size(folder: Path | str, device: str) -> None:
     path = Path(folder, "model-config.yaml")
     try:
         size = BATCH_SIZES["cuda" if device == "cuda" else read_config(folder).runtime]
-        text, n = re.subn(r"^batchSize: *\d+ *", f"batchSize: {size}".ljust(21), path.read_text(), flags=re.MULTILINE)
+        text = path.read_text(encoding="utf-8")
+        text, n = re.subn(r"^batchSize: *\d+ *", f"batchSize: {size}".ljust(21), text, flags=re.MULTILINE)
     except (OSError, ValueError, KeyError) as error:
         raise ArchiveError(f"{error}: run `python -m deployment.export LEARNER.pkl --out {folder}` first") from None
     if not n:
         raise ArchiveError(f"{path} has no line `batchSize: …`")
     part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
+    part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 
 

@@ -75,7 +75,7 @@ def read_config(folder: Path | str) -> Config:
     """
     path = Path(folder, "model-config.yaml")
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     section = content.get("handler") if isinstance(content, dict) else None

@@ -41,10 +41,10 @@ def archived(store: tuple, folder: Path) -> Path:
     return folder
 
 
-def serve(python: Path, model_store: Path, *arguments: str, **options) -> subprocess.Popen:
+def serve(python: Path, model_store: Path, *arguments: str, **environment: str) -> subprocess.Popen:
     command = [python, "-m", "deployment.serve", f"--model-store={model_store}", *arguments]
     env = {name: value for name, value in os.environ.items() if name != "SERVER"} | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, env=env, cwd=model_store, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(command, env=env | environment, cwd=model_store, stderr=subprocess.PIPE, text=True)
 
 
 def test_it_is_small_and_holds_no_torch(python):
@@ -62,7 +62,9 @@ def test_it_serves_what_openvino_computes(python, int8, tmp_path):
     photo = encoded(draw_photo(3))
     expected = json.loads(handler.postprocess(infer(handler, photo)).body)
     port, metrics = free_ports(2)
-    process = serve(python, store, f"--port={port}", f"--metrics-port={metrics}")  # it has no other server
+    # It has no other server than uvicorn. With a cache OpenVINO changes the process's locale.
+    cache = {"OPENVINO_CACHE_DIR": str(tmp_path / "cache")}
+    process = serve(python, store, f"--port={port}", f"--metrics-port={metrics}", **cache)
     try:
         wait_for(lambda: process.poll() is not None or answers(f"http://127.0.0.1:{port}/ping"))
         answer = httpx.post(f"http://127.0.0.1:{port}/predictions/fastunet", content=photo)
@@ -71,6 +73,7 @@ def test_it_serves_what_openvino_computes(python, int8, tmp_path):
         process.terminate()
         _, log = process.communicate(timeout=60)
     assert process.returncode == 0 and "Traceback" not in log, log
+    assert [*(tmp_path / "cache").glob("*.blob")]
 
 
 def infer(handler: Handler, photo: bytes):

@@ -229,4 +229,5 @@ def write_config(config: Config, folder: Path | str) -> None:
         if f.default is None and values[f.name] is None:
             del values[f.name]
     section = yaml.safe_dump({"handler": values}, sort_keys=False, default_flow_style=None, width=100)
-    Path(folder, "model-config.yaml").write_text(CONFIG_HEAD.format(BATCH_SIZES[config.runtime]) + section)
+    text = CONFIG_HEAD.format(BATCH_SIZES[config.runtime]) + section
+    Path(folder, "model-config.yaml").write_text(text, encoding="utf-8")

@@ -210,7 +210,7 @@ def write_token(key_file: Path) -> str:
 def version_of(folder: Path | str) -> str:
     """The version of the model in an archive that lies unpacked in `folder`."""
     manifest = Path(folder, "MAR-INF", "MANIFEST.json")
-    return json.loads(manifest.read_text())["model"]["modelVersion"] if manifest.is_file() else "1.0"
+    return json.loads(manifest.read_text(encoding="utf-8"))["model"]["modelVersion"] if manifest.is_file() else "1.0"
 
 
 def serve_archive(
