@@ -149,7 +149,7 @@ def about_half_precision(config: Config) -> str:
         return (
             "fp32: a GPU answers as the CPU does, but for rounding. Half precision moves half the bytes, on a GPU's "
             "fastest units:\n`python -m deployment.export … --precision fp16 --calibrate DIR` measures on your photos "
-            "what it costs, `python -m benchmark.gpu` how much faster your GPU is"
+            "what it costs, `make gpu-check` how much faster a GPU is with it"
         )
     report = config.accuracy or {}
     cost = f", {report['drop']:.2f} points lost" if "drop" in report else ""

@@ -8,6 +8,7 @@ import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -289,10 +290,14 @@ def test_a_program_is_served_on_another_device(name, tmp_path):
 def graphs(monkeypatch):
     """What `graphed` asks of CUDA, as a record of what happened; `end` is called where a capture ends."""
 
-    class Record:
-        closed, captures, end = [], 0, staticmethod(lambda: None)
+    class Stream:
+        def __init__(self, *device):
+            pass
 
-    record = Record()
+        def wait_stream(self, other) -> None:
+            pass
+
+    record = SimpleNamespace(closed=[], captures=0, end=lambda: None, Stream=Stream)
 
     @contextlib.contextmanager
     def capture(graph, **options):
@@ -304,13 +309,6 @@ def graphs(monkeypatch):
 
     class Graph:
         def replay(self) -> None:
-            pass
-
-    class Stream:
-        def __init__(self, device):
-            pass
-
-        def wait_stream(self, other) -> None:
             pass
 
     for name, value in {
@@ -334,14 +332,14 @@ def test_a_capture_that_fails_is_cleaned_up_and_not_tried_again(graphs, monkeypa
 
     model = cuda.placed(served(Scaled(), monkeypatch), CPU)
     pixels = torch.zeros(4, *SHAPE, dtype=torch.uint8)
-    assert cuda.graphed(model, pixels, torch.float32, (0, 1))(pixels[:3]).shape == (3, *SHAPE[:2])
+    assert cuda.graphed(model, pixels, torch.float32, graphs.Stream(), (0, 1))(pixels[:3]).shape == (3, *SHAPE[:2])
     graphs.end = fail
-    assert cuda.graphed(model, pixels, torch.float32, (0, 1)) is None
+    assert cuda.graphed(model, pixels, torch.float32, graphs.Stream(), (0, 1)) is None
     assert graphs.closed == [(0, 1)] and "no CUDA graphs for batches of up to 4 images: CUDA error" in caplog.text
 
     model.network.forward = lambda x: (_ for _ in ()).throw(torch.OutOfMemoryError("too little"))
     with pytest.raises(torch.OutOfMemoryError, match="too little"):  # not what the capture ends with
-        cuda.graphed(model, pixels, torch.float32, (0, 1))
+        cuda.graphed(model, pixels, torch.float32, graphs.Stream(), (0, 1))
 
 
 def test_without_graphs_batches_are_padded(graphs, monkeypatch):
@@ -434,9 +432,9 @@ def test_photos_are_decoded_in_threads(small_store, monkeypatch):
     alone = [handler.preprocess({"body": photo}).items[0] for photo in photos]
     decode, both = handler.preprocessor.decode, threading.Barrier(2, timeout=10)
 
-    def meet(header):
+    def meet(header, **options):
         both.wait()  # passes only when two photos are decoded at the same time
-        return decode(header)
+        return decode(header, **options)
 
     monkeypatch.setattr(handler.preprocessor, "decode", meet)
     handler.threads = ThreadPoolExecutor(2)

@@ -12,6 +12,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -42,22 +43,14 @@ def load(model: ServedModel, device: torch.device) -> tuple[ImageQueue, str]:
     Raises:
         torch.OutOfMemoryError: the GPU's memory is too small for the model.
     """
-    config, precision = model.config, model.config.precision
-    if precision == "bf16" and not has_bf16(device):
-        logger.warning("%s has no bf16: serving in fp32", torch.cuda.get_device_name(device))
-        precision = "fp32"
-    use_all_of_float32()
-    fixed = config.pixels_size is not None
-    torch.backends.cudnn.benchmark = fixed  # the fastest algorithm for each size of batch
-    model, dtype = placed(model, device, precision), TYPES[precision]
-    passes = prepared_batches(model, device, dtype) if fixed else {}
+    # cuDNN and cuBLAS keep what they have found out, and memory, for each thread that asks: so one thread asks.
+    thread = ThreadPoolExecutor(1)
+    forward, batch, precision = thread.submit(prepared, model, device).result()
+    pixels = Preprocessor(dataclasses.replace(model.config, opener=False)).max_pixels
 
-    def forward(batch: np.ndarray, alone: bool = True) -> np.ndarray:
-        pixels = torch.from_numpy(batch)
+    def answer(images: np.ndarray, alone: bool) -> np.ndarray:
         try:
-            if not passes:
-                return compute(model, pixels, dtype).cpu().numpy()
-            return passes[padded_size(len(pixels), passes)](pixels).numpy()
+            return thread.submit(forward, torch.from_numpy(images)).result().numpy()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:
@@ -65,9 +58,23 @@ def load(model: ServedModel, device: torch.device) -> tuple[ImageQueue, str]:
                 end_soon()
             raise
 
-    at_once = Preprocessor(dataclasses.replace(config, opener=False)).max_pixels
-    images = ImageQueue(forward, batch=max(passes or SIZES), pixels=at_once, free_memory=torch.cuda.empty_cache)
-    return images, precision
+    return ImageQueue(answer, batch=batch, pixels=pixels, free_memory=torch.cuda.empty_cache), precision
+
+
+def prepared(model: ServedModel, device: torch.device) -> tuple[Forward, int, str]:
+    """`model` as a function of batches, how many images they may hold, and the precision in which it computes."""
+    precision = model.config.precision
+    if precision == "bf16" and not has_bf16(device):
+        logger.warning("%s has no bf16: serving in fp32", torch.cuda.get_device_name(device))
+        precision = "fp32"
+    use_all_of_float32()
+    fixed, dtype = model.config.pixels_size is not None, TYPES[precision]
+    torch.backends.cudnn.benchmark = fixed  # the fastest algorithm for each size of batch
+    model = placed(model, device, precision)
+    if not fixed:
+        return lambda batch: compute(model, batch, dtype).cpu(), SIZES[-1], precision
+    passes = prepared_batches(model, device, dtype)
+    return lambda batch: passes[padded_size(len(batch), passes)](batch), max(passes), precision
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -113,14 +120,15 @@ def prepared_batches(model: ServedModel, device: torch.device, dtype: torch.dtyp
     Raises:
         torch.OutOfMemoryError: none fits.
     """
-    shape, passes = warm_up_size(model.config), {}
-    pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+    shape, passes, capture = warm_up_size(model.config), {}, None
+    if device.type == "cuda":
+        capture = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
     for size in reversed(SIZES):  # what the largest graph needs is enough for all
         try:
             pixels = torch.zeros(size, *shape, device=device, dtype=model.pixels_dtype)
-            graph = graphed(model, pixels, dtype, pool) if pool else None
+            graph = graphed(model, pixels, dtype, *capture) if capture else None
             passes[size] = graph or padded(model, pixels, dtype)
-            pool = pool if graph else None  # what cannot be captured once is not tried again
+            capture = capture if graph else None  # what cannot be captured once is not tried again
         except torch.OutOfMemoryError:
             logger.warning("batches of %d images do not fit into the GPU's memory", size)
             torch.cuda.empty_cache()
@@ -146,16 +154,18 @@ def padded(model: ServedModel, pixels: Tensor, dtype: torch.dtype) -> Forward:
 
 
 @torch.inference_mode()
-def graphed(model: ServedModel, pixels: Tensor, dtype: torch.dtype, pool: tuple[int, int]) -> Forward | None:
+def graphed(
+    model: ServedModel, pixels: Tensor, dtype: torch.dtype, stream: torch.cuda.Stream, pool: tuple[int, int]
+) -> Forward | None:
     """As `padded`, by a CUDA graph; None where the network cannot be captured as one, and the log says why.
 
-    The graphs share the memory of `pool`, so only one of them may run at a time.
+    The graphs share the memory of `pool`, and what cuBLAS has for the `stream` on which they are captured: only one of
+    them may run at a time.
 
     Raises:
         torch.OutOfMemoryError: the batch does not fit.
     """
     device, graph = pixels.device, torch.cuda.CUDAGraph()
-    stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     try:
         # A capture that fails leaves its stream the current one; this `with` leads back in any case.
@@ -211,7 +221,8 @@ def close_pool(device: torch.device, pool: tuple[int, int]) -> None:
 def is_lost(device: torch.device) -> bool:
     """Whether `device` has failed for good: after an illegal access every call fails until the process ends."""
     try:
-        torch.cuda.synchronize(device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
     except RuntimeError:
         return True
     return False

@@ -83,7 +83,11 @@ def choose_device(gpu: int | None = None) -> torch.device:
         return torch.device("cpu")
     if torch.cuda.is_available():
         if gpu is None and (n := torch.cuda.device_count()) > 1:
-            logger.warning("one of %d GPUs is used: TorchServe has a worker for each, uvicorn none", n)
+            logger.warning(
+                "one of %d GPUs is used: TorchServe has a worker for each; else start a server for each, with another "
+                "CUDA_VISIBLE_DEVICES and port",
+                n,
+            )
         return torch.device(f"cuda:{gpu or 0}")
     if os.environ.get("REQUIRE_GPU") == "1":
         raise RuntimeUnavailable(f"REQUIRE_GPU=1, but PyTorch {torch.__version__} finds no GPU it can use")
