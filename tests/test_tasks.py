@@ -402,7 +402,11 @@ def test_serves_each_task_without_fastai_and_timm(stores, tmp_path):
     assert answers == [served(store, [(tmp_path / "photo.png").read_bytes()]) for store in stores.values()]
 
 
-@pytest.mark.parametrize("task", ANSWERS)
+# A server, or four conversions, for each task: for some by default, for the others with `-m tasks`.
+SLOW = [task if task in (POINTS, MASK) else pytest.param(task, marks=pytest.mark.tasks) for task in ANSWERS]
+
+
+@pytest.mark.parametrize("task", SLOW)
 def test_through_torchserve(task, stores, monkeypatch):
     monkeypatch.setenv("TS_DEFAULT_WORKERS_PER_MODEL", "1")
     make_archive(stores[task], task)
@@ -467,7 +471,7 @@ def least_agreement(precision: str) -> float:
     return 0.93 if precision == "int8" and without_vnni else 0.95
 
 
-@pytest.mark.parametrize("task", ANSWERS)
+@pytest.mark.parametrize("task", SLOW)
 def test_every_precision_is_measured_as_the_task_demands(task, stores, tmp_path):
     folder, config = labeled(stores[task], task, tmp_path / "photos"), read_config(stores[task])
     train, valid = split_photos(folder)
