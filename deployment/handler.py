@@ -90,6 +90,7 @@ class Handler:
 
         Of the memory there is, this process may use the `share`; an eighth of that is for requests not yet read.
         """
+        runtime.give_large_blocks_back()
         self.config = read_config(folder)
         self.preprocessor = Preprocessor(self.config, folder)
         self.threads = runtime.started_threads(threads or int(os.environ.get("OMP_NUM_THREADS") or runtime.cores()))

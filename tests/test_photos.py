@@ -14,6 +14,7 @@ import torch
 from conftest import SMALL, bomb, draw_photo, encoded
 from PIL import Image
 
+from deployment import photos
 from deployment.export.accuracy import as_model_sees
 from deployment.geometry import resized_box
 from deployment.photos import FORMATS, MemoryBudget, Preprocessor, to_array
@@ -226,6 +227,27 @@ def wait_until(condition) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.001)
+
+
+def test_a_small_image_overtakes_large_ones_that_wait_until_they_lose_patience(monkeypatch):
+    budget, entered = MemoryBudget(100), []
+
+    def hold(size: int) -> None:
+        with budget.hold(size):
+            entered.append(size)
+
+    for patience, expected in ((60, [5, 90]), (-1, [90, 5])):
+        monkeypatch.setattr(photos, "PATIENCE", patience)
+        with ThreadPoolExecutor(2) as pool:
+            with budget.hold(50):
+                large = pool.submit(hold, 90)
+                wait_until(lambda: len(budget.waiting) == 1)
+                small = pool.submit(hold, 5)
+                wait_until(lambda: len(budget.waiting) == 2 or entered)
+                time.sleep(0.05)
+            large.result(), small.result()
+        assert entered == expected
+        entered.clear()
 
 
 @pytest.mark.parametrize(

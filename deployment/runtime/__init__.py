@@ -4,6 +4,7 @@ Each of them is imported only where it is used: an OpenVINO model is served with
 """
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import math
@@ -17,6 +18,8 @@ from .queue import ImageQueue
 
 # By runtime, the default first. Those of eager are for a GPU: a CPU computes in fp32.
 PRECISIONS = {"eager": ("fp32", "fp16", "bf16"), "openvino": ("fp32", "bf16", "int8")}
+M_MMAP_THRESHOLD = -3  # in glibc's malloc.h
+LARGE_BLOCK = 12 * 2**20  # bytes; Pillow has an image in blocks of 16 MB
 
 
 class RuntimeUnavailable(RuntimeError):
@@ -92,6 +95,16 @@ def memory_limit(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     with contextlib.suppress(ValueError):
         limits.append(int(os.environ.get("MEMORY_LIMIT", "")))
     return min((limit for limit in limits if 0 < limit <= machine), default=machine // 2)
+
+
+def give_large_blocks_back() -> None:
+    """Let the C library return large blocks to the system when they are freed.
+
+    Otherwise it soon keeps blocks of up to 32 MB, an image's among them, for the thread that had them, and at last one
+    image for each thread. Smaller blocks it may keep: a network allocates those again and again.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library than glibc
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 def memory_used() -> int:

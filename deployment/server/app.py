@@ -33,7 +33,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from ..handler import Handler
+from ..handler import Handler, Job
 from ..protocol import Rejected, busy, reasons, rejection
 from ..runtime import cores, memory_limit
 from . import metrics, tracing
@@ -49,6 +49,8 @@ MAX_REQUESTS = 100  # that wait or are computed at one time; TorchServe's queue 
 WAIT_SECONDS = 120  # that a request may wait for its turn
 DRAIN_SECONDS = 25  # that requests in flight have when the server is asked to stop
 
+Answered = tuple[Response, list[Rejected]]  # the answer to a request, and the errors that are part of it
+
 
 class Application:
     """The HTTP side of `handler`, which has loaded its model `name`."""
@@ -63,8 +65,8 @@ class Application:
         self.end: Callable[[], object] = lambda: None  # the process, so that another can be started
         self.arriving = self.requests = 0  # requests whose bodies are read, and those that wait or are computed
         self.bodies = Bodies(memory_limit() // 8)
-        # While images are in the model, others are read and drawn. A GPU's batch is gathered from those that wait. One
-        # image does not wait for requests of several.
+        # While images are in the model, others are read and drawn. A GPU's batch is gathered from those that wait.
+        # Requests of several images, or of a large one, have turns of their own, for which no other request waits.
         turns = cores() + max(cores(), handler.model.batch)
         self.turns, self.long_turns = (anyio.CapacityLimiter(turns) for _ in range(2))
 
@@ -129,31 +131,41 @@ class Application:
             finally:
                 self.requests -= 1
 
-    async def answer_in_turn(self, request: Request, body: bytes) -> tuple[Response, list[Rejected]]:
-        """What `answer` says, in a thread, once one of the turns is free.
+    async def answer_in_turn(self, request: Request, body: bytes) -> Answered:
+        """The answer to one request, made in a thread, once one of the turns is free.
 
         Raises:
             Rejected: 503 where that takes longer than WAIT_SECONDS, or too many answers wait for their clients.
             starlette.requests.ClientDisconnect: nobody waits for the answer any more.
         """
         await self.bodies.wait_for_room(0)  # answers that nobody takes would become more with each request
-        turns = self.long_turns if body.count(b'"b64"') > 1 else self.turns
+        job, began, answered = await self.in_turn(self.turns, self.begin, request, body)
+        return answered or await self.in_turn(self.long_turns, self.finish, request, job, began)
+
+    async def in_turn(self, turns: anyio.CapacityLimiter, work: Callable, request: Request, *arguments):
         waits = turns.available_tokens == 0
         with anyio.move_on_after(WAIT_SECONDS):  # ends the wait alone: what a thread has begun is awaited
             # Of idle threads anyio takes the one used last: its caches are warm, and so is the core on which it wakes.
-            return await anyio.to_thread.run_sync(self.answer, request, body, waits, limiter=turns)
+            return await anyio.to_thread.run_sync(self.unless_gone, waits, work, request, *arguments, limiter=turns)
         raise busy()
 
-    def answer(self, request: Request, body: bytes, waited: bool) -> tuple[Response, list[Rejected]]:
-        """The answer to one request, and the errors that are part of it."""
+    def unless_gone(self, waited: bool, work: Callable, request: Request, *arguments):
         if waited and anyio.from_thread.run(request.is_disconnected):
             raise ClientDisconnect
+        return work(request, *arguments)
+
+    def begin(self, request: Request, body: bytes) -> tuple[Job, float, Answered | None]:
+        """The request as a job, when it was begun, and its answer unless that takes long."""
         began = time.perf_counter()
         fields = read_fields(body, request.headers.get("content-type", ""))
         options = read_query(request.query_params.multi_items())
         for name in options.keys() & fields.keys():
             raise twice(name)
         job = self.handler.read(fields | options, request.headers.get("accept", ""))
+        is_quick = len(job.items) == 1 and self.handler.budget.is_small(job.items[0].memory)
+        return job, began, self.finish(request, job, began) if is_quick else None
+
+    def finish(self, request: Request, job: Job, began: float) -> Answered:
         [made], seconds, photos = self.handler.answer([job], began)
         metrics.observe_answer(self.name, seconds, photos)
         if self.tracer:
