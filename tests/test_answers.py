@@ -69,7 +69,7 @@ def test_overlay_has_the_mask_s_size(size, mode):
     """Half the color of each pixel is the photo's at that place, half is its class's."""
     mask = np.random.default_rng(0).integers(0, 3, (20, 30), np.uint8)
     photo = draw_photo(1, size).convert(mode)
-    drawn = overlay(photo, mask, ["Sky", "Road", "Tree"])
+    drawn = overlay(photo.copy(), mask, ["Sky", "Road", "Tree"])
     assert (drawn.size, drawn.mode) == ((30, 20), "RGB")
     below = np.array(photo.convert("RGB").resize((30, 20), Image.Resampling.BILINEAR), int)
     expected = (below + palette(["Sky", "Road", "Tree"])[mask]) / 2

@@ -37,7 +37,7 @@ def test_the_least_that_can_be_said(tmp_path):
         ("handler: {arch: [", "not YAML"),
         ("handler: {n_classes: 4}", "arch, img_size is missing"),
         (LEAST + ", bottle: true}", "unknown setting bottle"),
-        (LEAST + ", decode: {activation: softmax}, codes: [sky]}", "unknown setting codes, decode"),
+        (LEAST + ", decoding: {activation: softmax}, codes: [sky]}", "unknown setting codes, decoding"),
         (LEAST + ", 3: true, max_pixel: 3}", "unknown setting 3, max_pixel"),
     ],
 )

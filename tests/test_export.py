@@ -304,6 +304,7 @@ def test_configuration_holds_what_serving_needs(data, tmp_path):
     )
     assert handler == {
         "task": "segmentation",
+        "decode": "exact",
         "arch": "resnet18",
         "n_classes": 4,
         "img_size": [48, 64],

@@ -1,5 +1,6 @@
 """OpenVINO on a CPU: images side by side, and a lone one with all threads. It needs no torch."""
 
+import locale
 import logging
 import os
 import queue
@@ -33,7 +34,7 @@ def load_openvino(
         logger.warning("this processor has no bf16: serving in fp32")
     if isinstance(model, str | Path):
         model = openvino.Core().read_model(model)
-    together = compile_model(model, threads, streams=threads, precision=precision)
+    together = compile_model(model, threads, streams=threads, precision=precision, keep=True)
     requests = queue.SimpleQueue()  # those that no image is in
     at_once = 2 * threads  # the next images already wait in OpenVINO, so that no thread waits for Python
     for _ in range(at_once):
@@ -88,11 +89,13 @@ def infer(request, batch: np.ndarray) -> np.ndarray:
     return request.infer(batch, share_inputs=True)[0]
 
 
-def compile_model(model: Path | str | object, threads: int, streams: int = 1, precision: str = "fp32"):
+def compile_model(
+    model: Path | str | object, threads: int, streams: int = 1, precision: str = "fp32", keep: bool = False
+):
     """`model`, a path or in memory, for `threads` threads that `streams` images at once share.
 
-    What is compiled is kept in the folder OPENVINO_CACHE_DIR, where that is set, and found there at the next start: by
-    the model's content, the settings, and the name of the processor.
+    With `keep`, what is compiled is kept in the folder OPENVINO_CACHE_DIR, where that is set, and found there at the
+    next start: by the model's content, the settings, and the name of the processor.
     """
     settings = {
         "NUM_STREAMS": streams,
@@ -101,9 +104,15 @@ def compile_model(model: Path | str | object, threads: int, streams: int = 1, pr
         "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" and has_bf16() else "f32",
         "ENABLE_CPU_PINNING": False,  # several processes would all be pinned to the same cores
     }
-    if folder := os.environ.get("OPENVINO_CACHE_DIR"):
-        settings["CACHE_DIR"] = folder
-    return openvino.Core().compile_model(model, "CPU", settings)
+    folder = os.environ.get("OPENVINO_CACHE_DIR")
+    if not keep or not folder:
+        return openvino.Core().compile_model(model, "CPU", settings)
+    settings["CACHE_DIR"] = folder
+    before = locale.setlocale(locale.LC_ALL)
+    try:
+        return openvino.Core().compile_model(model, "CPU", settings)
+    finally:
+        locale.setlocale(locale.LC_ALL, before)  # with a cache, OpenVINO leaves this process in the locale C
 
 
 def available_cores() -> int:
