@@ -66,9 +66,9 @@ def test_the_version_of_a_build_takes_the_place_of_the_pins(script, build, tmp_p
     write_wheel(tmp_path, "torch", f"{builds()[build][0]}+{build}")
     write_wheel(tmp_path, "torchvision", f"{builds()[build][1]}+{build}", "Requires-Dist: torch>=2.14.0\n")
     shell = (
-        f"grep -vE {pins} {ROOT}/constraints.txt > pins.txt;"
-        f"awk -v build={build} {awk} {ROOT}/torch-builds.txt > torch.txt;"
-        f"{sys.executable} -m uv pip compile --quiet --no-header --no-annotate --offline --no-index --find-links . "
+        f"grep -vE {pins} '{ROOT}/constraints.txt' > pins.txt;"
+        f"awk -v build={build} {awk} '{ROOT}/torch-builds.txt' > torch.txt;"
+        f"'{sys.executable}' -m uv pip compile --quiet --no-header --no-annotate --offline --no-index --find-links . "
         f"--python-version 3.11 --constraints pins.txt --overrides torch.txt requirements.txt"
     )
     run = subprocess.run(["sh", "-c", shell], cwd=tmp_path, capture_output=True, text=True)
