@@ -92,3 +92,9 @@ def test_wrong_lines_are_found():
         with pytest.raises(ValueError):
             parsed(line)
     assert len(LINES) > 30
+
+
+def test_the_build_shows_its_log_and_the_image_brings_no_driver_of_its_own():
+    """Without an account of one's own CLOUD_LOGGING_ONLY hides the log; cuda-compat first in the path broke images."""
+    assert "CLOUD_LOGGING_ONLY" not in (ROOT / "cloudbuild.yaml").read_text(encoding="utf-8")
+    assert "compat" not in (ROOT / "Dockerfile").read_text(encoding="utf-8")
