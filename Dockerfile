@@ -26,7 +26,8 @@ ARG SERVER=torchserve
 ENV UV_SYSTEM_CERTS=true UV_COMPILE_BYTECODE=true UV_LINK_MODE=copy UV_CACHE_DIR=/var/cache/uv
 COPY deployment/requirements.txt deployment/requirements-openvino.txt constraints.txt torch-builds.txt ./
 # Of the CUDA packages each build of PyTorch pins its own versions. Triton goes again: it is a compiler of 1 GB that calls
-# a C compiler in its turn, and the image has none. No runtime needs it. Nor OpenVINO's plugins for GPUs and NPUs.
+# a C compiler in its turn, and the image has none. No runtime needs it. Of OpenVINO, what computes on
+# CPUs and reads its own files stays: the other half is for other devices and formats, and for C++.
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     --mount=type=secret,id=uv,target=/etc/uv/uv.toml \
     --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
@@ -51,7 +52,9 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
          *) install "--torch-backend=${TORCH_BACKEND}" ;; \
        esac \
     && /opt/uv/bin/uv pip uninstall --python /opt/venv triton \
-    && rm /opt/venv/lib/python3*/site-packages/openvino/libs/libopenvino_intel_[gn]pu_plugin.so
+    && cd /opt/venv/lib/python3*/site-packages/openvino \
+    && rm -r include libs/cache.json libs/libopenvino_intel_[gn]pu_plugin.so \
+    && find libs -name '*_frontend.so.*' ! -name '*_ir_frontend.so.*' -delete
 
 FROM ${BASE}
 ARG RUNTIME=all
