@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 REFERENCE = json.loads((ROOT / "tests" / "samples" / "gcloud.json").read_text())
 NOTEBOOK = ROOT / "notebook" / "04_AI_Platform.ipynb"
 PLACES = {
-    "README.md": (ROOT / "README.md").read_text(),
+    "README": (ROOT / "deployment/ai_platform/README.md").read_text(),
     "notebook 04": "\n".join("".join(cell["source"]) for cell in json.loads(NOTEBOOK.read_text())["cells"]),
 }
 

@@ -29,11 +29,12 @@ from deployment.server.processes import free_ports
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+DEPLOYMENT = (ROOT / "deployment/README.md").read_text()
 
 
-def section(title: str) -> str:
+def section(title: str, page: str = README) -> str:
     """The text below the heading `title`, up to the next heading of its level or above."""
-    level, rest = re.search(rf"^(#+) {re.escape(title)}\n(.*)", README, re.M | re.S).groups()
+    level, rest = re.search(rf"^(#+) {re.escape(title)}\n(.*)", page, re.M | re.S).groups()
     return re.split(rf"^#{{1,{len(level)}}} ", rest, maxsplit=1, flags=re.M)[0]
 
 
@@ -105,10 +106,11 @@ def test_the_tutorial_from_top_to_bottom(clone, tmp_path):
     assert "HTTP/1.1 200 OK" in printed
     expected = np.array(Image.open(clone / "sample/sample_pred_mask.png"))
 
-    for title in ("Export", "Archive", "Other runtimes"):
-        for command in commands(section(title)):
+    runtimes = section("Other runtimes", DEPLOYMENT)
+    for part in (section("Export"), section("Archive"), runtimes):
+        for command in commands(part):
             run(command, clone)
-    [snippet] = re.findall(r"^```python\n(.*?)^```", section("Other runtimes"), re.M | re.S)
+    [snippet] = re.findall(r"^```python\n(.*?)^```", runtimes, re.M | re.S)
     (clone / "onnx.py").write_text(f"{snippet}\nnp.save('onnx.npy', answer)\n")
     run("python onnx.py", clone)
     assert np.mean(np.load(clone / "onnx.npy") == expected) > 0.999
@@ -144,12 +146,12 @@ def test_the_code_shown_is_the_code():
     assert with_todays_code(README) == README, "run `python tests/test_readme.py`"
 
 
-def test_five_steps_with_a_learner_of_somebody_else(clone, tmp_path):
+def test_five_commands_with_a_learner_of_somebody_else(clone, tmp_path):
     run(f'"{sys.executable}" tests/stranger.py "{tmp_path}/farm"', clone)
     shutil.copy(tmp_path / "farm/theirs.pkl", clone)
-    steps = commands(section("Use it for your own model"))
-    assert any("theirs.pkl" in step for step in steps)
-    for command in steps:
+    *before, serve, call = commands(section("I have a `.pkl`"))
+    assert len(before) == 3 and serve == "make serve" and call.endswith("/predictions/fastunet")
+    for command in before:
         run(command, clone)
     with make_serve(clone) as port:
         for i in range(3):
@@ -158,13 +160,39 @@ def test_five_steps_with_a_learner_of_somebody_else(clone, tmp_path):
             assert mask.shape == (72, 88) and np.array_equal(mask, expected)
 
 
+def pages() -> list[Path]:
+    """The documents under version control."""
+    names = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return [ROOT / name for name in names.splitlines()]
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link may name of `page`: its headings, as GitHub writes them."""
+    headings = re.findall(r"^#+ (.+)", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_a_page_links_to_exists(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    for link in re.findall(r"\]\((?!https?:|mailto:)([^)\s]+)\)", text):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), f"{page.name} links to {link}, which does not exist"
+        assert not anchor or anchor in anchors(target), f"{page.name} links to {link}: there is no such heading"
+
+
 def test_places_named_in_the_readme_exist():
     places = re.findall(r"\[`([\w./-]+)`\]\(([\w./-]+)\): `(\w+)`", README)
     assert places
     for _, path, name in places:
         assert re.search(rf"\b{name}\b", (ROOT / path).read_text()), f"{path} has no {name}"
-    for path in re.findall(r"\]\((?!https?:|#)([^)#]+)", README):
-        assert (ROOT / path).exists(), f"the README links to {path}, which does not exist"
+
+
+def test_it_is_read_in_one_sitting():
+    text = re.sub(r"```.*?```", "", README, flags=re.S)
+    words = [word for line in text.splitlines() if not line.startswith("|") for word in line.split()]
+    assert len(words) <= 1800
 
 
 if __name__ == "__main__":

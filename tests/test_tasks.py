@@ -514,7 +514,7 @@ def test_a_label_that_cannot_be_used_is_named(task, line, message, stores, tmp_p
 
 
 def test_the_lines_in_the_readme_are_all_that_a_classifier_needs(stores, tmp_path):
-    section = (ROOT / "README.md").read_text().partition("### Other runtimes\n")[2].partition("\n## ")[0]
+    section = (ROOT / "deployment/README.md").read_text().partition("### Other runtimes\n")[2].partition("\n## ")[0]
     [snippet] = re.findall(r"^```python\n(.*?)^```", section, re.M | re.S)
     (tmp_path / "model_store").symlink_to(stores[CLASS])
     (tmp_path / "sample").mkdir()

@@ -39,7 +39,7 @@ def test_the_other_files_say_the_same():
         vision = re.search(r"^torchvision==(\S+)", text, re.M)[1]
         for build, (torch, torchvision, _) in builds().items():
             assert torchvision == vision and (torch == pinned or build == "cu126")
-    for path in ("README.md", "Dockerfile", "cloudbuild.yaml", "Makefile"):
+    for path in ("README.md", "deployment/ai_platform/README.md", "Dockerfile", "cloudbuild.yaml", "Makefile"):
         named = set(re.findall(r"TORCH_BACKEND=(\w+)", (ROOT / path).read_text()))
         assert named <= {*builds()}, path
 
