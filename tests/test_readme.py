@@ -182,11 +182,11 @@ def test_what_a_page_links_to_exists(page):
         assert not anchor or anchor in anchors(target), f"{page.name} links to {link}: there is no such heading"
 
 
-def test_places_named_in_the_readme_exist():
-    places = re.findall(r"\[`([\w./-]+)`\]\(([\w./-]+)\): `(\w+)`", README)
+def test_places_to_change_exist():
+    places = re.findall(r"\[`([\w./-]+)`\]\(([\w./-]+)\): `(\w+)`", section("What people change", DEPLOYMENT))
     assert places
     for _, path, name in places:
-        assert re.search(rf"\b{name}\b", (ROOT / path).read_text()), f"{path} has no {name}"
+        assert re.search(rf"\b{name}\b", (ROOT / "deployment" / path).read_text()), f"{path} has no {name}"
 
 
 def test_it_is_read_in_one_sitting():
