@@ -34,8 +34,9 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from ..handler import Handler, Job
+from ..memory import memory_limit
 from ..protocol import Rejected, busy, reasons, rejection
-from ..runtime import cores, memory_limit
+from ..runtime import cores
 from . import metrics, tracing
 from .connection import Connection, allow_files
 from .forms import Bodies, read_fields, read_query, twice
@@ -162,7 +163,7 @@ class Application:
         for name in options.keys() & fields.keys():
             raise twice(name)
         job = self.handler.read(fields | options, request.headers.get("accept", ""))
-        is_quick = len(job.items) == 1 and self.handler.budget.is_small(job.items[0].memory)
+        is_quick = len(job.items) == 1 and self.handler.budget.is_small(job.kept + job.largest)
         return job, began, self.finish(request, job, began) if is_quick else None
 
     def finish(self, request: Request, job: Job, began: float) -> Answered:
