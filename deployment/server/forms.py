@@ -1,7 +1,7 @@
 """The body of a request to our own server, within limits, and the fields of a form. TorchServe does this in Java."""
 
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from http import HTTPStatus
 
 import anyio
@@ -26,15 +26,13 @@ class Bodies:
 
     def __init__(self, limit: int):
         self.limit, self.used = max(limit, 2 * MAX_BYTES), 0
-        self.line: dict[
-            int, None
-        ] = {}  # the ids of large bodies that had to wait and are not all here, the first first
+        self.line: dict[int, None] = {}  # the ids of large bodies that had to wait, until all of each is here
 
     def has_room(self, size: int, leave: int = 0) -> bool:
         """Whether `size` bytes fit beside what is there, and `leave` bytes more."""
         return self.used + Connection.unsent + size + leave <= self.limit
 
-    def left_by(self, body: bytearray, length: int) -> int:
+    def left_by(self, body: bytes | bytearray, length: int) -> int:
         """The bytes that `body`, which will have `length`, leaves to others.
 
         An eighth of the room is for small ones. Of the large ones the first in line has room for a whole body, or those
@@ -79,7 +77,7 @@ class Bodies:
                     arrival.deadline = float("inf")  # this wait is not the client's fault
                     if length > SMALL_BODY:
                         self.line.setdefault(id(body))
-                    began += await self.wait_for_room(len(chunk), lambda: self.left_by(body, length))
+                    began += await self.wait_for_room(len(chunk), body, length)
                 self.used += len(chunk)
                 body += chunk
                 arrival.deadline = began + min(SLOW_SECONDS + len(body) / SLOWEST, READ_SECONDS)
@@ -87,10 +85,10 @@ class Bodies:
         message = f"a request may take {READ_SECONDS} s to arrive, at {SLOWEST} bytes a second or more"
         raise Rejected(HTTPStatus.REQUEST_TIMEOUT, "Timeout", message)
 
-    async def wait_for_room(self, size: int, leave: Callable[[], int] = lambda: 0) -> float:
-        """Wait until `has_room`; the seconds that it took. Raises Rejected, 503, after ROOM_SECONDS."""
+    async def wait_for_room(self, size: int, body: bytes | bytearray = b"", length: int = 0) -> float:
+        """Wait until `size` bytes of `body` fit; the seconds that it took. Raises Rejected, 503, after ROOM_SECONDS."""
         began = anyio.current_time()
-        while not self.has_room(size, leave()):
+        while not self.has_room(size, self.left_by(body, length)):
             if anyio.current_time() > began + ROOM_SECONDS:
                 raise busy()
             await anyio.sleep(0.02)
