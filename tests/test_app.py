@@ -478,7 +478,6 @@ class Collector(http.server.BaseHTTPRequestHandler):
 
 
 def test_spans_of_the_three_steps_go_to_a_collector(handler, monkeypatch):
-    pytest.importorskip("opentelemetry.sdk")
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
     collector = http.server.HTTPServer(("127.0.0.1", 0), Collector)
