@@ -18,7 +18,8 @@ from .config import Config, read_config
 
 HERE = Path(__file__).parent
 # What handler.py imports, whatever computes; and by runtime.
-CODE = ("answers.py", "config.py", "geometry.py", "photos.py", "protocol.py", "runtime/__init__.py", "runtime/queue.py")
+CODE = ("answers.py", "config.py", "geometry.py", "memory.py", "photos.py", "protocol.py")
+CODE += ("runtime/__init__.py", "runtime/queue.py")
 RUNTIME_CODE = {
     "eager": ("model.py", "runtime/cuda.py", "runtime/pytorch.py"),
     "openvino": ("runtime/openvino.py",),

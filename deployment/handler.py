@@ -14,7 +14,6 @@ import sys
 import time
 import types
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,12 +28,12 @@ if not __package__:  # TorchServe imports this file by itself: the folder around
 
 from . import answers, protocol, runtime
 from .config import read_config
-from .photos import ANSWER_BYTES, CLIPPED, MemoryBudget, Preprocessor, clips, size_of, to_array, viewable
+from .memory import budget_for_images, give_large_blocks_back, groups_that_fit
+from .photos import ANSWER_BYTES, CLIPPED, Preprocessor, clips, size_of, to_array, viewable
 
 logger = logging.getLogger(__name__)
 
 MOST_FAILURES = 5  # requests in a row that the model fails, after which it is asked for a blank image
-LEAST_MEMORY = 128 * 2**20  # for images, in bytes: enough for one of 12 megapixels, however little there is
 
 
 @dataclass
@@ -45,7 +44,7 @@ class Item:
     header: Image.Image | None = None  # the file opened, not decoded yet
     size: tuple[int, int] = (0, 0)  # width and height as sent
     counted: int = 0  # pixels that it counts for
-    memory: int = 0  # bytes that its pixels take at most, until they are resized, or until the answer is drawn
+    memory: int = 0  # bytes that it takes at most, until it is resized
     pixels: np.ndarray | None = None  # (height, width, channels), as the model takes it
     shown: Image.Image | None = None  # what an overlay is drawn on
     warning: str = ""  # what its own answer does not tell
@@ -60,17 +59,12 @@ class Job:
 
     request: protocol.Request
     items: list[Item]
-    has_room: bool = False  # all its images have their place in the memory: see Handler.room
-
-    @property
-    def kept(self) -> int:
-        """The bytes that its images take until the answer is drawn: it is drawn at their own size."""
-        return sum(item.memory for item in self.items) if self.request.size == "original" else 0
+    kept: int = 0  # bytes that its images take together until its answer is drawn, at their own size
 
     @property
     def largest(self) -> int:
-        """The bytes that one of its images takes, at most, beside what is kept."""
-        return 0 if self.kept else max(item.memory for item in self.items)
+        """The bytes that one of its images takes at most, beside what is kept."""
+        return max(item.memory for item in self.items)
 
 
 class Handler:
@@ -88,15 +82,14 @@ class Handler:
     def load(self, folder: Path | str, gpu: int | None = None, threads: int | None = None, share: float = 1.0) -> None:
         """Load the model in `folder`, which holds what the export wrote; `gpu` and `threads` as in `runtime.load`.
 
-        Of the memory there is, this process may use the `share`; an eighth of that is for requests not yet read.
+        Of the memory there is, this process may use the `share`.
         """
-        runtime.give_large_blocks_back()
+        give_large_blocks_back()
         self.config = read_config(folder)
         self.preprocessor = Preprocessor(self.config, folder)
         self.threads = runtime.started_threads(threads or int(os.environ.get("OMP_NUM_THREADS") or runtime.cores()))
         self.model = runtime.load(self.config, folder, gpu, threads)
-        memory = int(share * runtime.memory_limit() * 7 / 8) - runtime.memory_used()
-        self.budget = MemoryBudget(max(memory, LEAST_MEMORY))
+        self.budget = budget_for_images(share)
 
     def preprocess(self, fields: dict, accept: str = "") -> Job:
         """The request in `fields`, the body or the fields of a form, and its images as pixels."""
@@ -115,43 +108,32 @@ class Handler:
                 request = protocol.read_request(fields, accept)
         except Exception as error:
             return Job(protocol.Request([]), [Item(error=protocol.rejection(error))])
-        job = Job(request, [Item() for _ in request.instances])
-        total = 0
-        for item, instance in zip(job.items, request.instances, strict=True):
+        job, pixels_left = Job(request, []), self.preprocessor.max_pixels
+        for instance in request.instances:
             try:
-                self.identify(item, instance)
-                total += item.counted
-                if total > self.preprocessor.max_pixels:
-                    total -= item.counted
+                item = self.identify(instance)
+                if item.counted > pixels_left:
                     raise protocol.too_large(f"photos of one request: over {self.preprocessor.max_pixels} pixels")
+                pixels_left -= item.counted
             except Exception as error:
-                item.error, item.data, item.header, item.memory = protocol.rejection(error), b"", None, 0
+                item = Item(error=protocol.rejection(error))
+            job.items.append(item)
         request.instances.clear()  # the files are in the items
-        if job.kept:
+        if request.size == "original":
             for item in job.items:
-                item.memory = max(item.memory, item.counted * ANSWER_BYTES)
+                job.kept += max(item.memory, item.counted * ANSWER_BYTES)
+                item.memory = 0
         return job
 
-    def identify(self, item: Item, instance) -> None:
-        """Set the file and the size of `item`. An opener of the reader's own reads no headers: it opens the image."""
-        item.data = protocol.read_instance(instance)
+    def identify(self, instance) -> Item:
+        """The image in `instance` by its header; by its bytes alone where the reader's own `open_image` opens it."""
+        item = Item(protocol.read_instance(instance))
         if not self.config.opener:
             item.header = self.preprocessor.identify(item.data)
             item.size = item.header.size
             item.counted = self.preprocessor.counted_pixels(item.size)
             item.memory = self.preprocessor.memory(item.header)
-
-    @contextlib.contextmanager
-    def room(self, jobs: list[Job]) -> Iterator[None]:
-        """The memory that images of `jobs` take until their answers are drawn. Others take theirs in `decode`.
-
-        Raises:
-            Rejected: as `MemoryBudget.hold`.
-        """
-        with self.budget.hold(sum(job.kept for job in jobs)):
-            for job in jobs:
-                job.has_room = bool(job.kept)
-            yield
+        return item
 
     def decode(self, jobs: list[Job]) -> None:
         """The pixels of images. Several are decoded at a time: Pillow lets other threads run."""
@@ -172,7 +154,7 @@ class Handler:
     def decode_item(self, item: Item, job: Job) -> None:
         request = job.request
         try:
-            with self.budget.hold(0 if job.has_room else item.memory):
+            with self.budget.hold(item.memory):
                 drawn_on = request.format == "overlay" and request.size == "original"
                 if item.header:
                     image = self.preprocessor.decode(item.header, whole=drawn_on)
@@ -236,40 +218,45 @@ class Handler:
                 response.headers["Warning"] = f'199 - "{", ".join(warnings)}"'
             return response
         except Exception as error:
-            job.items = [Item(error=protocol.rejection(error))]
-            return protocol.respond(protocol.Request([]), [job.items[0].error])
+            return self.refuse(job, protocol.rejection(error))
+
+    def refuse(self, job: Job, error: protocol.Rejected) -> protocol.Response:
+        """`error` as the answer to a whole request, whatever it asked for."""
+        job.request, job.items = protocol.Request([]), [Item(error=error)]
+        return protocol.respond(job.request, [error])
 
     def make_answer(self, item: Item, request: protocol.Request) -> dict:
         return answers.make_answer(item.output, self.preprocessor, request, item.size, item.shown)
 
     def answer(self, jobs: list[Job], began: float) -> tuple[list[protocol.Response], list[float], int]:
-        """The answers to `jobs`, the seconds that each step took since `began`, and how many images were computed."""
-        times = [began]
-        try:
-            with self.room(jobs):
-                self.decode(jobs)
-                times.append(time.perf_counter())
-                items = [item for job in jobs for item in job.items if not item.error]
-                self.inference(items)
-                times.append(time.perf_counter())
-                responses = [self.postprocess(job) for job in jobs]
-                times.append(time.perf_counter())
-        except protocol.Rejected as error:  # there was no room
-            for job in jobs:
-                job.items = [Item(error=error)]
-            return [protocol.respond(protocol.Request([]), [error]) for _ in jobs], [0.0, 0.0, 0.0], 0
-        return responses, [after - before for before, after in itertools.pairwise(times)], len(items)
+        """The answers to `jobs`, the seconds that each step took since `began`, and how many images were computed.
 
-    def groups(self, jobs: list[Job]) -> list[list[Job]]:
-        """`jobs` in their order, in groups whose images fit into the memory together: most often one."""
-        groups, kept, largest = [[]], 0, 0
-        for job in jobs:
-            kept, largest = kept + job.kept, max(largest, job.largest)
-            if groups[-1] and kept + largest > self.budget.limit:
-                groups.append([])
-                kept, largest = job.kept, job.largest
-            groups[-1].append(job)
-        return groups
+        What does not fit into the memory together is answered one group after the other.
+        """
+        responses, seconds, images = [], [0.0, 0.0, 0.0], 0
+        for group in groups_that_fit(jobs, self.budget.limit):
+            try:
+                with self.budget.hold(sum(job.kept for job in group)):
+                    made, taken, computed = self.take_steps(group, began)
+            except protocol.Rejected as error:  # there was no room
+                made, taken, computed = [self.refuse(job, error) for job in group], [0.0, 0.0, 0.0], 0
+            responses += made
+            seconds = [total + more for total, more in zip(seconds, taken, strict=True)]
+            images += computed
+            began = time.perf_counter()
+        return responses, seconds, images
+
+    def take_steps(self, jobs: list[Job], began: float) -> tuple[list[protocol.Response], list[float], int]:
+        """As `answer`, of `jobs` for which there is memory."""
+        times = [began]
+        self.decode(jobs)
+        times.append(time.perf_counter())
+        items = [item for job in jobs for item in job.items if not item.error]
+        self.inference(items)
+        times.append(time.perf_counter())
+        responses = [self.postprocess(job) for job in jobs]
+        times.append(time.perf_counter())
+        return responses, [after - before for before, after in itertools.pairwise(times)], len(items)
 
     def handle(self, requests: list[dict], context) -> list[bytes]:
         """A dynamic batch of requests in, as many answers out; the time of each step goes into the metrics."""
@@ -281,13 +268,7 @@ class Handler:
             self.read(fields, header(context, i, "accept"), form_length(context, i))
             for i, fields in enumerate(requests)
         ]
-        seconds, photos, responses = [0.0, 0.0, 0.0], 0, []
-        for group in self.groups(jobs):
-            made, taken, count = self.answer(group, began)
-            responses += made
-            photos += count
-            seconds = [total + more for total, more in zip(seconds, taken, strict=True)]
-            began = time.perf_counter()
+        responses, seconds, photos = self.answer(jobs, began)
         for step, value in zip(("preprocess", "inference", "postprocess"), seconds, strict=True):
             observe(context, f"{step}_seconds", value)
         observe(context, "batch_requests", len(requests))

@@ -4,14 +4,9 @@
 notebooks all call it. NumPy and Pillow alone: what happens to the pixels after that is part of the served model.
 """
 
-import contextlib
 import importlib.util
 import io
-import threading
-import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from http import HTTPStatus
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +14,7 @@ from PIL import Image
 
 from .config import Config
 from .geometry import Frames, nearest_samples, resized_box
-from .protocol import Rejected, bad_image, bad_request, busy, too_large
+from .protocol import bad_image, bad_request, too_large
 
 # The decoders that a request can reach. Pillow has many more, and some of them start other programs (EPS).
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
@@ -30,8 +25,6 @@ DECODER_BYTES = {"WEBP": 12, "TIFF": 4, "GIF": 4}
 PROGRESSIVE_BYTES = 2  # of a pixel, for each band
 PADDING_BYTES = 14  # of a pixel of the padded image, for the arrays on the way there
 CLIPPED = "more than 8 bits: values above 255 are white, as the learner opens the image; export with --open"
-SMALL_PART = 16  # of the memory for images: what takes less of it is small
-PATIENCE = 2  # seconds
 ANSWER_BYTES = 8  # of a pixel of an answer at the image's own size: mask, base64 and JSON, or the overlay
 Image.MAX_IMAGE_PIXELS = None  # `max_pixels` is the limit here, and each image's header is held against it
 
@@ -203,69 +196,6 @@ class Preprocessor:
             resized = (np.asarray(values, np.float64) + 1) * seen / 2 + start
             columns.append(frames.to_image(resized, axis))
         return np.stack(columns, axis=1)
-
-
-class MemoryBudget:
-    """The memory for images of one process: what does not fit waits for its turn.
-
-    What is small, `is_small`, overtakes what is large, until that has been the first in line for PATIENCE seconds.
-
-    Args:
-        limit: in bytes.
-        seconds: that one may wait.
-    """
-
-    def __init__(self, limit: int, seconds: float = 60):
-        self.limit, self.seconds, self.used = limit, seconds, 0
-        self.waiting: deque[object] = deque()
-        self.impatient_at = 0.0  # when nothing overtakes the first any more
-        self.changed = threading.Condition()
-
-    def is_small(self, size: int) -> bool:
-        return size <= self.limit // SMALL_PART
-
-    @contextlib.contextmanager
-    def hold(self, size: int) -> Iterator[None]:
-        """Take `size` bytes of the budget until the block ends.
-
-        Raises:
-            Rejected: 507 for more than there is at all, 503 where it takes longer than `seconds` to get them.
-        """
-        if not size:
-            yield
-            return
-        if size > self.limit:
-            raise Rejected(HTTPStatus.INSUFFICIENT_STORAGE, "OutOfMemory", "not enough memory for this photo")
-        self.take(size)
-        try:
-            yield
-        finally:
-            with self.changed:
-                self.used -= size
-                self.changed.notify_all()
-
-    def take(self, size: int) -> None:
-        turn = object()
-
-        def may_enter() -> bool:
-            overtakes = self.is_small(size) and time.monotonic() < self.impatient_at
-            return self.used + size <= self.limit and (self.waiting[0] is turn or overtakes)
-
-        with self.changed:
-            self.waiting.append(turn)
-            self.first_changed(len(self.waiting) == 1)
-            try:
-                if not self.changed.wait_for(may_enter, self.seconds):
-                    raise busy("no memory for this photo at the moment: try again in a second")
-                self.used += size
-            finally:
-                self.first_changed(self.waiting[0] is turn)
-                self.waiting.remove(turn)
-                self.changed.notify_all()
-
-    def first_changed(self, changed: bool) -> None:
-        if changed:
-            self.impatient_at = time.monotonic() + PATIENCE
 
 
 def load_opener(path: Path) -> Callable[[bytes], Image.Image | np.ndarray]:

@@ -6,6 +6,7 @@ import io
 import os
 import shutil
 import struct
+import subprocess
 import sys
 import time
 import zlib
@@ -334,6 +335,19 @@ def convert_copy(small_store: Path, folder: Path, *arguments, **options) -> tupl
     """`small_store` converted in `folder`: its configuration, and the folder."""
     shutil.copy(small_store / "fastunet.pth", folder)
     return convert(SMALL, folder, *arguments, **options), folder
+
+
+@pytest.fixture(scope="session")
+def light_python(tmp_path_factory) -> Path:
+    """The Python of a new environment with `deployment/requirements-openvino.txt` alone."""
+    folder = tmp_path_factory.mktemp("light")
+    uv = [sys.executable, "-m", "uv"]
+    subprocess.run([*uv, "venv", "--quiet", "--python", sys.executable, folder], check=True)
+    program = folder / "bin" / "python"
+    command = [*uv, "pip", "install", "--quiet", "--python", program]
+    command += ["--requirements", ROOT / "deployment/requirements-openvino.txt"]
+    subprocess.run([*command, "--constraints", ROOT / "constraints.txt"], check=True)
+    return program
 
 
 @pytest.fixture(scope="session")

@@ -122,6 +122,25 @@ def test_nothing_is_computed_for_clients_that_have_gone(url, handler, monkeypatc
     assert sample("batch_requests_sum") == computed + at_once + 1
 
 
+def test_a_small_image_does_not_wait_for_large_ones(url, handler, monkeypatch):
+    monkeypatch.setattr(app, "QUICK_PIXELS", 10_000)
+    decode, go = handler.decode_item, threading.Event()
+
+    def decode_slowly(item, job):
+        assert item.counted < 10_000 or go.wait(30)
+        decode(item, job)
+
+    monkeypatch.setattr(handler, "decode_item", decode_slowly)
+    let_in, large = sample("ts_inference_requests_total"), encoded(draw_photo(5, (200, 150)))
+    n = 4 * cores()
+    with ThreadPoolExecutor(n) as pool:
+        sent = [pool.submit(httpx.post, url + PREDICT, content=large, timeout=60) for _ in range(n)]
+        wait_for(lambda: sample("ts_inference_requests_total") == let_in + n)
+        assert httpx.post(url + PREDICT, content=PHOTO, timeout=20).status_code == 200
+        go.set()
+        assert [future.result().status_code for future in sent] == [200] * n
+
+
 def test_a_request_that_waits_too_long_is_told_to_come_again(url, handler, monkeypatch):
     monkeypatch.setattr(app, "WAIT_SECONDS", 0.2)
     handler.open.clear()
@@ -227,6 +246,38 @@ def test_bodies_wait_until_there_is_room_for_them(monkeypatch):
     assert asyncio.run(together(0.05, 0.05, 0)) == [bytes(80)] * 3
     assert asyncio.run(together(0.5, 0.5, 0)) == [bytes(80), bytes(80), 503]
     assert asyncio.run(arrive(forms.Bodies(0), 101, 0)) == 413
+
+
+def test_bodies_that_are_here_in_part_do_not_wait_for_each_other(monkeypatch):
+    """Each sends two chunks, and the first ones fill the room; a small body comes in between."""
+    monkeypatch.setattr(forms, "MAX_BYTES", 100)
+    monkeypatch.setattr(forms, "SMALL_BODY", 20)
+    monkeypatch.setattr(forms, "ROOM_SECONDS", 5)
+    bodies, here = forms.Bodies(400), []
+
+    async def arrive(name: str, *chunks: int) -> None:
+        left = list(chunks)
+
+        async def receive():
+            await anyio.sleep(0.01)
+            return {"type": "http.request", "body": bytes(left.pop(0)), "more_body": bool(left)}
+
+        headers = [(b"content-length", str(sum(chunks)).encode())]
+        async with bodies.read(Request({"type": "http", "headers": headers}, receive)):
+            here.append(name)
+            await anyio.sleep(0.05)
+
+    async def together() -> None:
+        async with anyio.create_task_group() as group:
+            for i in range(12):
+                group.start_soon(arrive, f"large {i}", 50, 50)
+            await anyio.sleep(0.03)
+            assert len(bodies.line) > 5 and 250 <= bodies.used <= 350
+            group.start_soon(arrive, "small", 20)
+
+    asyncio.run(together())
+    assert bodies.used == 0 and not bodies.line and len(here) == 13
+    assert "small" in here[:4]
 
 
 def test_a_request_that_takes_too_long_to_arrive(url, monkeypatch):
@@ -427,7 +478,6 @@ class Collector(http.server.BaseHTTPRequestHandler):
 
 
 def test_spans_of_the_three_steps_go_to_a_collector(handler, monkeypatch):
-    pytest.importorskip("opentelemetry.sdk")
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
     collector = http.server.HTTPServer(("127.0.0.1", 0), Collector)

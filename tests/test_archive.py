@@ -16,7 +16,7 @@ from deployment import archive
 from deployment.archive import ArchiveError, find_archive, make_archive
 from deployment.export import write_config
 
-COMMON = {"handler.py", "answers.py", "config.py", "geometry.py", "photos.py", "protocol.py"}
+COMMON = {"handler.py", "answers.py", "config.py", "geometry.py", "memory.py", "photos.py", "protocol.py"}
 COMMON |= {"runtime/__init__.py", "runtime/queue.py"}
 CODE = COMMON | {"model.py", "runtime/cuda.py", "runtime/pytorch.py"}
 CONTENT = CODE | {"fastunet.pth", "model-config.yaml", "MAR-INF/MANIFEST.json"}

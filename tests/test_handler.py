@@ -5,7 +5,6 @@ import dataclasses
 import io
 import json
 import logging
-import os
 import subprocess
 import sys
 import threading
@@ -24,11 +23,11 @@ from ts.context import Context, RequestProcessor
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 
 import deployment.handler
-from deployment import answers, protocol, runtime
+from deployment import answers, protocol
 from deployment.export import write_config
 from deployment.handler import Handler
+from deployment.memory import MemoryBudget
 from deployment.model import DynamicUnetDIY
-from deployment.photos import MemoryBudget
 from deployment.protocol import MEDIA_TYPES
 from deployment.runtime.queue import ImageQueue
 
@@ -360,25 +359,6 @@ def test_out_of_memory_for_one_photo_is_507(worker, photo, monkeypatch):
     assert [status for status, _ in batch] == [200, 507, 200, 200] and calls[0] == 4
     assert json.loads(batch[1][1])["type"] == "OutOfMemory"
     assert [json.loads(body)["shape"] for _, body in (batch[0], *batch[2:])] == [[64, 64]] * 3
-
-
-def test_the_memory_limit_is_the_container_s(tmp_path, monkeypatch):
-    monkeypatch.delenv("MEMORY_LIMIT", raising=False)
-    half = runtime.memory_limit(tmp_path)
-    assert half == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    (tmp_path / "memory.max").write_text("max\n")
-    assert runtime.memory_limit(tmp_path) == half
-    (tmp_path / "memory").mkdir()
-    (tmp_path / "memory/memory.limit_in_bytes").write_text("9223372036854771712\n")  # none, in version 1
-    assert runtime.memory_limit(tmp_path) == half
-    (tmp_path / "memory/memory.limit_in_bytes").write_text("3000000\n")
-    assert runtime.memory_limit(tmp_path) == 3_000_000
-    (tmp_path / "memory.max").write_text("2000000\n")
-    assert runtime.memory_limit(tmp_path) == 2_000_000
-    for given, limit in (("1000000", 1_000_000), ("4000000", 2_000_000), ("0", 2_000_000), ("1Gi", 2_000_000)):
-        monkeypatch.setenv("MEMORY_LIMIT", given)
-        assert runtime.memory_limit(tmp_path) == limit
-    assert 1e6 < runtime.memory_used() < 1e11
 
 
 def test_images_wait_for_a_place_in_the_budget(worker, monkeypatch):

@@ -4,11 +4,9 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import httpx
-import pytest
 from conftest import ROOT, draw_photo, encoded
 
 from deployment.archive import make_archive
@@ -16,20 +14,6 @@ from deployment.export import write_config
 from deployment.handler import Handler
 from deployment.server.processes import free_ports
 from tests.test_server import answers, wait_for
-
-REQUIREMENTS = ROOT / "deployment/requirements-openvino.txt"
-
-
-@pytest.fixture(scope="module")
-def python(tmp_path_factory) -> Path:
-    """The Python of a new environment with these requirements alone."""
-    folder = tmp_path_factory.mktemp("light")
-    uv = [sys.executable, "-m", "uv"]
-    subprocess.run([*uv, "venv", "--quiet", "--python", sys.executable, folder], check=True)
-    program = folder / "bin" / "python"
-    command = [*uv, "pip", "install", "--quiet", "--python", program, "--requirements", REQUIREMENTS]
-    subprocess.run([*command, "--constraints", ROOT / "constraints.txt"], check=True)
-    return program
 
 
 def archived(store: tuple, folder: Path) -> Path:
@@ -47,15 +31,15 @@ def serve(python: Path, model_store: Path, *arguments: str, **environment: str) 
     return subprocess.Popen(command, env=env | environment, cwd=model_store, stderr=subprocess.PIPE, text=True)
 
 
-def test_it_is_small_and_holds_no_torch(python):
-    site = next((python.parent.parent / "lib").glob("python3*/site-packages"))
+def test_it_is_small_and_holds_no_torch(light_python):
+    site = next((light_python.parent.parent / "lib").glob("python3*/site-packages"))
     packages = {path.name.split("-")[0] for path in site.glob("*.dist-info")}
     assert "openvino" in packages and not packages & {"torch", "torchvision", "torchserve", "fastai"}
     files = {path.stat().st_ino: path.stat().st_size for path in site.rglob("*") if path.suffix != ".pyc"}
     assert sum(files.values()) < 350e6
 
 
-def test_it_serves_what_openvino_computes(python, int8, tmp_path):
+def test_it_serves_what_openvino_computes(light_python, int8, tmp_path):
     store = archived(int8, tmp_path)
     handler = Handler()
     handler.load(store)
@@ -64,7 +48,7 @@ def test_it_serves_what_openvino_computes(python, int8, tmp_path):
     port, metrics = free_ports(2)
     # It has no other server than uvicorn. With a cache OpenVINO changes the process's locale.
     cache = {"OPENVINO_CACHE_DIR": str(tmp_path / "cache")}
-    process = serve(python, store, f"--port={port}", f"--metrics-port={metrics}", **cache)
+    process = serve(light_python, store, f"--port={port}", f"--metrics-port={metrics}", **cache)
     try:
         wait_for(lambda: process.poll() is not None or answers(f"http://127.0.0.1:{port}/ping"))
         answer = httpx.post(f"http://127.0.0.1:{port}/predictions/fastunet", content=photo)
@@ -82,11 +66,11 @@ def infer(handler: Handler, photo: bytes):
     return job
 
 
-def test_an_archive_for_pytorch_gets_one_line(python, small_store, tmp_path):
+def test_an_archive_for_pytorch_gets_one_line(light_python, small_store, tmp_path):
     shutil.copytree(small_store, tmp_path, dirs_exist_ok=True)
     make_archive(tmp_path)
     port, metrics = free_ports(2)
-    process = serve(python, tmp_path, f"--port={port}", f"--metrics-port={metrics}")
+    process = serve(light_python, tmp_path, f"--port={port}", f"--metrics-port={metrics}")
     _, log = process.communicate(timeout=60)
     assert process.returncode == 1
     assert log.strip() == "error: this runtime needs `torch`: pip install torch (No module named 'torch')"

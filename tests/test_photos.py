@@ -3,10 +3,7 @@
 import dataclasses
 import io
 import itertools
-import threading
-import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,10 +11,9 @@ import torch
 from conftest import SMALL, bomb, draw_photo, encoded
 from PIL import Image
 
-from deployment import photos
 from deployment.export.accuracy import as_model_sees
 from deployment.geometry import resized_box
-from deployment.photos import FORMATS, MemoryBudget, Preprocessor, to_array
+from deployment.photos import FORMATS, Preprocessor, to_array
 from deployment.protocol import Rejected
 from deployment.runtime.pytorch import BatchTransforms, resample_affine
 
@@ -158,96 +154,7 @@ def test_a_photo_counts_for_the_model_s_pixels_at_least():
     assert with_resize(None).counted_pixels((2, 3)) == 6
 
 
-# --- the budget ---
-
-
-def test_who_does_not_fit_into_the_budget_waits():
-    budget, first, second = MemoryBudget(100), threading.Event(), threading.Event()
-    entered = []
-
-    def hold(pixels: int, until: threading.Event) -> None:
-        with budget.hold(pixels):
-            entered.append(pixels)
-            assert until.wait(20)
-
-    with ThreadPoolExecutor(4) as pool:
-        held = [pool.submit(hold, 60, first), pool.submit(hold, 40, second)]
-        wait_until(lambda: len(entered) == 2)  # exactly the limit
-        waiting = pool.submit(hold, 50, second)
-        time.sleep(0.05)
-        assert sorted(entered) == [40, 60]
-        first.set()
-        wait_until(lambda: len(entered) == 3)
-        second.set()
-        for future in (*held, waiting):
-            future.result()
-    assert budget.used == 0
-
-
-def test_what_will_never_fit_into_the_budget_is_refused_and_what_does_not_in_time_is_told_to_come_again():
-    budget = MemoryBudget(100, seconds=0.05)
-    with pytest.raises(Rejected) as error, budget.hold(101):
-        pass
-    assert error.value.status == 507
-    with budget.hold(60), pytest.raises(Rejected) as error, budget.hold(41):
-        pass
-    assert error.value.status == 503 and error.value.headers == {"Retry-After": "1"}
-    with budget.hold(100):
-        assert budget.used == 100
-
-
-def test_a_large_image_has_its_turn_before_small_ones_that_came_later():
-    budget, entered = MemoryBudget(100), []
-
-    def hold(size: int) -> None:
-        with budget.hold(size):
-            entered.append(size)
-
-    with ThreadPoolExecutor(2) as pool:
-        with budget.hold(50):
-            large = pool.submit(hold, 90)
-            wait_until(lambda: len(budget.waiting) == 1)
-            small = pool.submit(hold, 10)
-            wait_until(lambda: len(budget.waiting) == 2)
-            assert entered == []
-        large.result(), small.result()
-    assert entered == [90, 10]
-
-
-def test_an_error_gives_its_place_in_the_budget_back():
-    budget = MemoryBudget(100)
-    with pytest.raises(ValueError), budget.hold(80):
-        raise ValueError
-    with budget.hold(100):
-        assert budget.used == 100
-
-
-def wait_until(condition) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
-def test_a_small_image_overtakes_large_ones_that_wait_until_they_lose_patience(monkeypatch):
-    budget, entered = MemoryBudget(100), []
-
-    def hold(size: int) -> None:
-        with budget.hold(size):
-            entered.append(size)
-
-    for patience, expected in ((60, [5, 90]), (-1, [90, 5])):
-        monkeypatch.setattr(photos, "PATIENCE", patience)
-        with ThreadPoolExecutor(2) as pool:
-            with budget.hold(50):
-                large = pool.submit(hold, 90)
-                wait_until(lambda: len(budget.waiting) == 1)
-                small = pool.submit(hold, 5)
-                wait_until(lambda: len(budget.waiting) == 2 or entered)
-                time.sleep(0.05)
-            large.result(), small.result()
-        assert entered == expected
-        entered.clear()
+# --- memory ---
 
 
 @pytest.mark.parametrize(

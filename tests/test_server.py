@@ -486,6 +486,14 @@ def test_nothing_outlives_a_killed_parent(model_store, tmp_path, seconds):
         assert not alive
 
 
+ELSEWHERE = "--metrics-host=127.0.0.2"  # an address of this machine that nothing listens on by default
+
+
+def metrics_are_elsewhere(ports: dict[str, int]) -> bool:
+    there, here = (f"http://{host}:{ports['metrics_port']}/metrics" for host in ("127.0.0.2", "127.0.0.1"))
+    return answers(there) and not answers(here)
+
+
 MESSY = {  # what a shell, an image or a service may have set
     "LC_ALL": "C",
     "TS_CONFIG_FILE": "/not/there",
@@ -526,9 +534,10 @@ def test_on_ai_platform_the_port_opens_when_an_answer_can_be_given(kind, model_s
 
 
 def test_tokens_of_uvicorn(model_store, tmp_path, photo):
-    with foreground(model_store, tmp_path, "--auth", SERVER="uvicorn") as (process, ports):
+    with foreground(model_store, tmp_path, "--auth", ELSEWHERE, SERVER="uvicorn") as (process, ports):
         url = f"http://127.0.0.1:{ports['port']}"
         wait_for(lambda: answers(f"{url}/ping"))
+        assert metrics_are_elsewhere(ports)  # and need no token
         assert not psutil.Process(process.pid).children()  # nothing that could outlive it
         key_file = tmp_path / "key_file.json"
         assert key_file.stat().st_mode & 0o777 == 0o600
@@ -543,7 +552,8 @@ def test_tokens_of_uvicorn(model_store, tmp_path, photo):
 
 def test_tokens_local_models_only_and_no_worker_outlives_java(model_store, tmp_path, photo):
     """One server for three questions: tokens, a model API that the environment cannot switch on, and a killed Java."""
-    with foreground(model_store, tmp_path, "--auth", TS_ENABLE_MODEL_API="true", **ONE_WORKER) as (process, ports):
+    settings = {"TS_ENABLE_MODEL_API": "true"} | ONE_WORKER
+    with foreground(model_store, tmp_path, "--auth", ELSEWHERE, **settings) as (process, ports):
         wait_for(lambda: is_ready(ports["management_port"], tmp_path))
         key_file = tmp_path / "key_file.json"
         assert key_file.stat().st_mode & 0o777 == 0o600
@@ -558,6 +568,7 @@ def test_tokens_local_models_only_and_no_worker_outlives_java(model_store, tmp_p
         assert httpx.post(url, content=photo, headers=with_key["inference"], timeout=60).status_code == 200
         assert httpx.get(management).status_code == 400
         assert httpx.get(management, headers=with_key["management"]).status_code == 200
+        assert metrics_are_elsewhere(ports)
         assert not any(key in (tmp_path / "server.log").read_text() for key in keys.values())
 
         other = tmp_path / "other.mar"

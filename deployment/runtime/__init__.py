@@ -4,7 +4,6 @@ Each of them is imported only where it is used: an OpenVINO model is served with
 """
 
 import contextlib
-import ctypes
 import functools
 import importlib
 import math
@@ -18,8 +17,6 @@ from .queue import ImageQueue
 
 # By runtime, the default first. Those of eager are for a GPU: a CPU computes in fp32.
 PRECISIONS = {"eager": ("fp32", "fp16", "bf16"), "openvino": ("fp32", "bf16", "int8")}
-M_MMAP_THRESHOLD = -3  # in glibc's malloc.h
-LARGE_BLOCK = 12 * 2**20  # bytes; Pillow has an image in blocks of 16 MB
 
 
 class RuntimeUnavailable(RuntimeError):
@@ -79,39 +76,6 @@ def cores() -> int:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         available = min(available, max(1, math.ceil(int(quota) / int(period))))
     return available
-
-
-def memory_limit(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """The bytes that this process and its children may use.
-
-    That is the container's limit (cgroup v2 or v1), or MEMORY_LIMIT where the system does not show it, the lesser of
-    both. Where there is neither, it is half of the machine's memory.
-    """
-    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8 * 2**30
-    limits = []
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # "max" is none
-            limits.append(int((cgroup / name).read_text()))
-    with contextlib.suppress(ValueError):
-        limits.append(int(os.environ.get("MEMORY_LIMIT", "")))
-    return min((limit for limit in limits if 0 < limit <= machine), default=machine // 2)
-
-
-def give_large_blocks_back() -> None:
-    """Let the C library return large blocks to the system when they are freed.
-
-    Otherwise it soon keeps blocks of up to 32 MB, an image's among them, for the thread that had them, and at last one
-    image for each thread. Smaller blocks it may keep: a network allocates those again and again.
-    """
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library than glibc
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
-
-
-def memory_used() -> int:
-    """The resident memory of this process, in bytes; 0 where the system does not say."""
-    with contextlib.suppress(OSError):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return 0
 
 
 def started_threads(n: int) -> ThreadPoolExecutor:

@@ -34,8 +34,9 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from ..handler import Handler, Job
+from ..memory import memory_limit
 from ..protocol import Rejected, busy, reasons, rejection
-from ..runtime import cores, memory_limit
+from ..runtime import cores
 from . import metrics, tracing
 from .connection import Connection, allow_files
 from .forms import Bodies, read_fields, read_query, twice
@@ -46,6 +47,7 @@ logger = logging.getLogger(__name__)
 HERE = Path(__file__).parent
 MAX_ARRIVING = 1000  # requests whose bodies are read at one time; slow ones take no place of those that may compute
 MAX_REQUESTS = 100  # that wait or are computed at one time; TorchServe's queue holds as many
+QUICK_PIXELS = 3_000_000  # of an image that is decoded in less than a tenth of a second
 WAIT_SECONDS = 120  # that a request may wait for its turn
 DRAIN_SECONDS = 25  # that requests in flight have when the server is asked to stop
 
@@ -162,8 +164,7 @@ class Application:
         for name in options.keys() & fields.keys():
             raise twice(name)
         job = self.handler.read(fields | options, request.headers.get("accept", ""))
-        is_quick = len(job.items) == 1 and self.handler.budget.is_small(job.items[0].memory)
-        return job, began, self.finish(request, job, began) if is_quick else None
+        return job, began, self.finish(request, job, began) if is_quick(job) else None
 
     def finish(self, request: Request, job: Job, began: float) -> Answered:
         [made], seconds, photos = self.handler.answer([job], began)
@@ -203,6 +204,11 @@ def application(handler: Handler, name: str, token: str | None = None, version: 
     With `token` they are for those who send it: `Authorization: Bearer TOKEN`.
     """
     return Application(handler, name, token, version).starlette()
+
+
+def is_quick(job: Job) -> bool:
+    """Whether `job` is answered in about the time that the model takes: it is one image, and not a large one."""
+    return len(job.items) == 1 and job.items[0].counted <= QUICK_PIXELS
 
 
 def refusal(error: Rejected) -> Response:

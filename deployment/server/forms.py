@@ -18,6 +18,7 @@ READ_SECONDS = 60  # that a request may take to arrive
 SLOW_SECONDS = 5  # of these, that it may be slower than SLOWEST
 SLOWEST = 10_000  # bytes a second
 ROOM_SECONDS = 20  # that a request may wait until there is memory for it
+SMALL_BODY = 2**18  # bytes, up to which a body has room that larger ones leave to it
 
 
 class Bodies:
@@ -25,10 +26,21 @@ class Bodies:
 
     def __init__(self, limit: int):
         self.limit, self.used = max(limit, 2 * MAX_BYTES), 0
+        self.line: dict[int, None] = {}  # the ids of large bodies that had to wait, until all of each is here
 
-    def has_room(self, size: int) -> bool:
-        """Whether a body may have `size` bytes more."""
-        return self.used + Connection.unsent + size <= self.limit
+    def has_room(self, size: int, leave: int = 0) -> bool:
+        """Whether `size` bytes fit beside what is there, and `leave` bytes more."""
+        return self.used + Connection.unsent + size + leave <= self.limit
+
+    def left_by(self, body: bytes | bytearray, length: int) -> int:
+        """The bytes that `body`, which will have `length`, leaves to others.
+
+        An eighth of the room is for small ones. Of the large ones the first in line has room for a whole body, or those
+        that are here in part would wait for each other.
+        """
+        if length <= SMALL_BODY:
+            return 0
+        return self.limit // 8 + (0 if next(iter(self.line), None) == id(body) else MAX_BYTES)
 
     @contextlib.asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[bytes]:
@@ -39,27 +51,33 @@ class Bodies:
                 slower than SLOWEST; 503 where there is no room for it.
             starlette.requests.ClientDisconnect: the client has gone.
         """
-        if int(request.headers.get("content-length", 0)) > MAX_BYTES:
+        length = int(request.headers.get("content-length", MAX_BYTES))
+        if length > MAX_BYTES:
             raise too_large(f"more than {MAX_BYTES} bytes")
         arriving, size = bytearray(), 0
         try:
-            await self.receive(request, arriving)
+            try:
+                await self.receive(request, arriving, length)
+            finally:
+                self.line.pop(id(arriving), None)
             body, size = bytes(arriving), len(arriving)
             arriving.clear()
             yield body
         finally:
             self.used -= size or len(arriving)
 
-    async def receive(self, request: Request, body: bytearray) -> None:
+    async def receive(self, request: Request, body: bytearray, length: int) -> None:
         """Append what arrives to `body`, as fast as there is room for it."""
         with anyio.move_on_after(min(SLOW_SECONDS, READ_SECONDS)) as arrival:
             began = anyio.current_time()
             async for chunk in request.stream():
                 if len(body) + len(chunk) > MAX_BYTES:
                     raise too_large(f"more than {MAX_BYTES} bytes")
-                if not self.has_room(len(chunk)):
+                if not self.has_room(len(chunk), self.left_by(body, length)):
                     arrival.deadline = float("inf")  # this wait is not the client's fault
-                    began += await self.wait_for_room(len(chunk))
+                    if length > SMALL_BODY:
+                        self.line.setdefault(id(body))
+                    began += await self.wait_for_room(len(chunk), body, length)
                 self.used += len(chunk)
                 body += chunk
                 arrival.deadline = began + min(SLOW_SECONDS + len(body) / SLOWEST, READ_SECONDS)
@@ -67,10 +85,10 @@ class Bodies:
         message = f"a request may take {READ_SECONDS} s to arrive, at {SLOWEST} bytes a second or more"
         raise Rejected(HTTPStatus.REQUEST_TIMEOUT, "Timeout", message)
 
-    async def wait_for_room(self, size: int) -> float:
-        """Wait until `size` bytes fit; the seconds that it took. Raises Rejected, 503, after ROOM_SECONDS."""
+    async def wait_for_room(self, size: int, body: bytes | bytearray = b"", length: int = 0) -> float:
+        """Wait until `size` bytes of `body` fit; the seconds that it took. Raises Rejected, 503, after ROOM_SECONDS."""
         began = anyio.current_time()
-        while not self.has_room(size):
+        while not self.has_room(size, self.left_by(body, length)):
             if anyio.current_time() > began + ROOM_SECONDS:
                 raise busy()
             await anyio.sleep(0.02)

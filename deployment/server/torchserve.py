@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..archive import find_archive, runtime_of
+from ..memory import memory_limit
 from ..runtime import cores, gpus
 from .processes import free_ports, last_error, printed, reserve_port, started
 
@@ -134,6 +135,7 @@ def command(
         java(),
         "-XX:TieredStopAtLevel=1",
         "-XX:+UseSerialGC",
+        f"-Xmx{memory_limit() // 4}",
         "-XX:+ExitOnOutOfMemoryError",  # or it stays, and answers nothing
         f"-Dmodel_server_home={folder.parents[1]}",
         f"-Dlog4j.configurationFile={LOG_CONFIG.as_uri()}",
