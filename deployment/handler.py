@@ -14,7 +14,7 @@ import sys
 import time
 import types
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +61,7 @@ class Job:
     request: protocol.Request
     items: list[Item]
     has_room: bool = False  # all its images have their place in the memory: see Handler.room
+    respond: Callable[..., protocol.Response] = protocol.respond  # another protocol has a function of its own for it
 
     @property
     def kept(self) -> int:
@@ -231,13 +232,13 @@ class Handler:
             except Exception as error:
                 item.error = protocol.rejection(error)
         try:
-            response = protocol.respond(job.request, [item.error or item.answer for item in job.items])
+            response = job.respond(job.request, [item.error or item.answer for item in job.items])
             if warnings := {item.warning for item in job.items if item.warning}:
                 response.headers["Warning"] = f'199 - "{", ".join(warnings)}"'
             return response
         except Exception as error:
             job.items = [Item(error=protocol.rejection(error))]
-            return protocol.respond(protocol.Request([]), [job.items[0].error])
+            return job.respond(protocol.Request([]), [job.items[0].error])
 
     def make_answer(self, item: Item, request: protocol.Request) -> dict:
         return answers.make_answer(item.output, self.preprocessor, request, item.size, item.shown)
@@ -257,7 +258,7 @@ class Handler:
         except protocol.Rejected as error:  # there was no room
             for job in jobs:
                 job.items = [Item(error=error)]
-            return [protocol.respond(protocol.Request([]), [error]) for _ in jobs], [0.0, 0.0, 0.0], 0
+            return [job.respond(protocol.Request([]), [error]) for job in jobs], [0.0, 0.0, 0.0], 0
         return responses, [after - before for before, after in itertools.pairwise(times)], len(items)
 
     def groups(self, jobs: list[Job]) -> list[list[Job]]:
