@@ -219,7 +219,7 @@ def weight_of(q: str) -> float:
         return 1.0
 
 
-def read_instance(instance) -> bytes:
+def read_instance(instance: object) -> bytes:
     """The bytes of the image in one of `Request.instances`.
 
     Raises:
@@ -246,7 +246,7 @@ def respond(request: Request, answers: list[dict | Rejected]) -> Response:
     It is an error when no image could be answered: the server's own where there is one among them, else the first.
     """
     errors = [answer for answer in answers if isinstance(answer, Rejected)]
-    status, worst = HTTPStatus.OK, None
+    status, worst, answer = HTTPStatus.OK, None, answers[0]
     if len(errors) == len(answers):
         worst = next((error for error in errors if error.status >= 500), errors[0])
         status = worst.status if not request.is_json or worst.status >= 500 else HTTPStatus.BAD_REQUEST
@@ -254,13 +254,13 @@ def respond(request: Request, answers: list[dict | Rejected]) -> Response:
         content = {"predictions": [as_json(answer) for answer in answers]}
         if worst:
             content |= Rejected(status, worst.type, f"no instance is good: {worst.message}").as_json()
-    elif worst:
-        content = worst.as_json()
+    elif isinstance(answer, Rejected):
+        content = answer.as_json()
     else:
-        picture = next((value for value in answers[0].values() if isinstance(value, bytes)), None)
+        picture = next((value for value in answer.values() if isinstance(value, bytes)), None)
         if request.format != "json" and picture is not None:
             return Response(status, MEDIA_TYPES[request.format], picture)
-        content = as_json(answers[0])
+        content = as_json(answer)
     return Response(status, MEDIA_TYPES["json"], json.dumps(content).encode(), worst.headers if worst else {})
 
 

@@ -7,6 +7,7 @@ the port stays closed until then.
 
 import argparse
 import importlib.util
+import io
 import os
 import sys
 import threading
@@ -133,7 +134,8 @@ def serve_on_torchserve(name: str, options: argparse.Namespace, folder: Path, ke
 def main() -> None:
     options = parse_args()
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a name that the locale cannot write ends no server
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the locale cannot write ends no server
     try:
         folder = own_folder()
         if options.check:

@@ -62,7 +62,7 @@ def to_install(requirements: str) -> list[str]:
     if not torch or "torchvision" not in have or (int(torch[1]), int(torch[2])) < OLDEST_TORCH:
         have = {}  # torch, torchvision and what they compute with come from requirements.txt, all together
     lines = [line for line in requirements.splitlines() if line and line[0] not in "#-"]
-    names = {line: re.match(r"[\w-]+", line)[0] for line in lines}
+    names = {line: re.split(r"[^\w-]", line)[0] for line in lines}
     chosen = [line for line, name in names.items() if name not in have and name not in LEFT_OUT]
     return [*chosen, *(f"{name}=={found}" for name, found in have.items())]
 
@@ -82,6 +82,7 @@ def run(*command: str) -> None:
         RuntimeError: it failed.
     """
     process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout
     with process:
         for line in process.stdout:
             print(line, end="", flush=True)

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from . import (
     batch,
@@ -155,7 +156,7 @@ def run(args: argparse.Namespace) -> None:
                 print(f"no more of {args.name} {where}. What stays, and how to remove it:", *stays, sep="\n  ")
 
 
-def ask_raw(images: Sequence[Path], **options) -> Iterator[dict]:
+def ask_raw(images: Sequence[Path], **options: Any) -> Iterator[dict]:
     """The answers to the images, one by one and raw; a picture as `{"png": …}` or `{"jpeg": …}`, an error in place."""
     from google.api_core import exceptions
 

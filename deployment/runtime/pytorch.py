@@ -195,6 +195,10 @@ class BatchTransforms(nn.Module):
     Pixels (N, H, W, channels) of any dtype to floats (N, channels, H, W).
     """
 
+    mean: Tensor
+    std: Tensor
+    divisor: float | Tensor
+
     def __init__(self, config: Config, in_graph: bool = False):
         super().__init__()
         self.affine, self.resample = config.affine, resample_in_graph if in_graph else resample_affine

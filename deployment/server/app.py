@@ -20,6 +20,7 @@ import zipfile
 from collections.abc import AsyncIterator, Callable
 from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 
 import anyio
 import anyio.from_thread
@@ -149,14 +150,14 @@ class Application:
         job, began, answered = await self.in_turn(self.turns, self.begin, request, body, read)
         return answered or await self.in_turn(self.long_turns, self.finish, request, job, began)
 
-    async def in_turn(self, turns: anyio.CapacityLimiter, work: Callable, request: Request, *arguments):
+    async def in_turn(self, turns: anyio.CapacityLimiter, work: Callable, request: Request, *arguments: Any):
         waits = turns.available_tokens == 0
         with anyio.move_on_after(WAIT_SECONDS):  # ends the wait alone: what a thread has begun is awaited
             # Of idle threads anyio takes the one used last: its caches are warm, and so is the core on which it wakes.
             return await anyio.to_thread.run_sync(self.unless_gone, waits, work, request, *arguments, limiter=turns)
         raise busy()
 
-    def unless_gone(self, waited: bool, work: Callable, request: Request, *arguments):
+    def unless_gone(self, waited: bool, work: Callable, request: Request, *arguments: Any):
         if waited and anyio.from_thread.run(request.is_disconnected):
             raise ClientDisconnect
         return work(request, *arguments)
@@ -203,10 +204,11 @@ class Application:
         policy = "default-src 'self' 'unsafe-inline'; img-src 'self' blob:; frame-ancestors 'none'"
         return FileResponse(HERE / "try.html", headers={"Content-Security-Policy": policy})
 
-    async def no_route(self, request: Request, error: HTTPException) -> Response:
+    async def no_route(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
         status = HTTPStatus(error.status_code)
-        error = Rejected(status, status.phrase.title().replace(" ", ""), f"predictions: POST {self.path}")
-        return inference_protocol.refusal(error) if request.url.path.startswith("/v2") else refusal(error)
+        refused = Rejected(status, status.phrase.title().replace(" ", ""), f"predictions: POST {self.path}")
+        return inference_protocol.refusal(refused) if request.url.path.startswith("/v2") else refusal(refused)
 
 
 def application(handler: Handler, name: str, token: str | None = None, version: str = "1.0") -> Starlette:

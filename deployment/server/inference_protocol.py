@@ -103,7 +103,8 @@ class InferenceProtocol:
             message = f"image {i}: {worst.message}" if len(answers) > 1 else worst.message
             content = json.dumps({"error": message}).encode()
             return protocol.Response(worst.status, "application/json", content, worst.headers)
-        made = tensors.make_tensors(answers, self.handler.config)
+        good = [answer for answer in answers if not isinstance(answer, Rejected)]
+        made = tensors.make_tensors(good, self.handler.config)
         wanted = asked.outputs or dict.fromkeys(made, asked.binary)
         if wanted.keys() - made.keys():
             raise bad_request(f"`outputs` of this model are, in this format: {', '.join(made)}")
@@ -143,7 +144,7 @@ def read_request(text: bytes, binary: bytes) -> tuple[dict, Asked]:
     return {"instances": read_images(inputs[0], binary), "parameters": options}, asked
 
 
-def read_outputs(outputs, binary: bool) -> dict[str, bool]:
+def read_outputs(outputs: object, binary: bool) -> dict[str, bool]:
     """The names in the `outputs` of a request, and whether each comes as binary data: `binary` where it does not say.
 
     Raises:

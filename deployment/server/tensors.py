@@ -94,7 +94,7 @@ def json_value(value: bytes | str | np.bool_ | np.float32) -> str | bool | float
         return base64.b64encode(value).decode()
     if isinstance(value, np.bool_):
         return bool(value)
-    return number(value) if isinstance(value, np.float32) else str(value)
+    return number(value) if isinstance(value, np.float32) else value
 
 
 def as_binary(tensor: np.ndarray) -> bytes:
