@@ -41,18 +41,22 @@ class Rejected(Exception):
 
 
 def bad_request(message: str) -> Rejected:
+    """400: what was sent is no request."""
     return Rejected(HTTPStatus.BAD_REQUEST, "BadRequest", message)
 
 
 def bad_image(message: str) -> Rejected:
+    """400: what was sent is no image that can be taken."""
     return Rejected(HTTPStatus.BAD_REQUEST, "BadImage", message)
 
 
 def too_large(message: str) -> Rejected:
+    """413: more than a limit allows."""
     return Rejected(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "TooLarge", message)
 
 
 def busy(message: str = "too many requests: try again in a second") -> Rejected:
+    """503: there is no place, or no memory, for the request at the moment."""
     return Rejected(HTTPStatus.SERVICE_UNAVAILABLE, "Busy", message)
 
 

@@ -30,6 +30,7 @@ def cloud_port() -> str | None:
 
 
 def parse_args() -> argparse.Namespace:
+    """The options of the command."""
     parser = argparse.ArgumentParser(
         prog="python -m deployment.serve",
         description="Serve an archive, in the foreground, on loopback.",
@@ -132,6 +133,7 @@ def serve_on_torchserve(name: str, options: argparse.Namespace, folder: Path, ke
 
 
 def main() -> None:
+    """The command."""
     options = parse_args()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -13,7 +13,7 @@ MODEL_STORE = HERE.parent / "model_store"
 OLDEST_TORCH = (2, 6)
 # The machine's own are kept: its GPU's driver fits its torch, and its kernel may have numpy and pillow loaded already.
 KEPT = ("torch", "torchvision", "numpy", "pillow")
-LEFT_OUT = ("jupyter", "ruff")  # the machine is a notebook server, and nobody checks the style there
+LEFT_OUT = ("jupyter", "pyrefly", "ruff")  # the machine is a notebook server, and nobody checks the style there
 
 
 def prepare(notebook: str, learner: str | None = None) -> None:

@@ -140,6 +140,7 @@ def write_outputs(executed: nbformat.NotebookNode, notebook: Path) -> None:
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("numbers", nargs="+", help="which notebooks, by the number that their name starts with")
     parser.add_argument("--into", type=Path, metavar="FOLDER", help="where the executed notebooks go")

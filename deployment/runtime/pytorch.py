@@ -296,6 +296,7 @@ def resample_in_graph(
 
 
 def scalar(number: int | torch.SymInt) -> Tensor:
+    """`number` as a float64 tensor of no dimensions, which a graph can hold."""
     return torch.scalar_tensor(number, dtype=torch.float64)
 
 
