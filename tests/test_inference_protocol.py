@@ -309,6 +309,8 @@ BAD = {
     "no image": (changed(data=["AAAA"]), 400, "image"),
     "parameters": (body(PHOTOS[0], parameters=[1]), 400, "`parameters`"),
     "format": (body(PHOTOS[0], parameters={"format": "bmp"}), 400, "`format`"),
+    "a number for an id": (body(PHOTOS[0], id=7), 400, "`id`"),
+    "a long id": (body(PHOTOS[0], id="7" * 257), 400, "`id`"),
     "outputs": (body(PHOTOS[0], outputs=["mask"]), 400, "`outputs`"),
     "other outputs": (body(PHOTOS[0], outputs=[{"name": "picture"}]), 400, "mask, names"),
     "binary data that is not there": (changed(parameters={"binary_data_size": 4}, data=None), 400, "binary_data_size"),

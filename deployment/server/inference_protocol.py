@@ -25,6 +25,7 @@ from ..protocol import MAX_INSTANCES, Rejected, bad_request, too_large
 from . import tensors
 
 LENGTH = "Inference-Header-Content-Length"  # the header that says how many bytes of JSON there are before binary data
+MAX_ID = 256
 FORM = 'JSON must be {"inputs": [{"name": "image", "datatype": "BYTES", "shape": [n], "data": [base64, …]}]}'
 
 
@@ -32,7 +33,7 @@ FORM = 'JSON must be {"inputs": [{"name": "image", "datatype": "BYTES", "shape":
 class Asked:
     """What a request says of its answer."""
 
-    id: str | None
+    id: str  # comes back with it
     outputs: dict[str, bool]  # the outputs it names, and whether each comes as binary data; none: all
     binary: bool  # whether all come as binary data where it names none
 
@@ -133,10 +134,12 @@ def read_request(text: bytes, binary: bytes) -> tuple[dict, Asked]:
         raise bad_request(FORM)
     if inputs[0].get("name") != "image" or inputs[0].get("datatype") != "BYTES":
         raise bad_request("the model has one input: the tensor `image` of the datatype BYTES")
-    given, identifier = parameters(content), content.get("id")
+    given, identifier = parameters(content), content.get("id", "")
+    if not isinstance(identifier, str) or len(identifier) > MAX_ID:
+        raise bad_request(f"`id` must be a string of up to {MAX_ID} characters")
     as_binary = given.get("binary_data_output") is True
     asked = Asked(
-        id=identifier if isinstance(identifier, str) else None,
+        id=identifier,
         outputs=read_outputs(content.get("outputs") or [], as_binary),
         binary=as_binary,
     )
