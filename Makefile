@@ -59,8 +59,8 @@ cloud-check: .venv/installed ## run the cloud chapter on Google Cloud, once, for
 	@if [ -z "$(PROJECT)" ]; then echo "error: make cloud-check PROJECT=…" >&2; exit 1; fi; \
 	$(PY) -m tests.cloud_check $(PROJECT) $(if $(LOCATION),--location $(LOCATION)) $(if $(IMAGE),--image $(IMAGE)) $(if $(BUCKET),--bucket $(BUCKET))
 
-lint: .venv/installed ## check the style
-	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
+lint: .venv/installed ## check the style and the types
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m pyrefly check --min-severity error --output-format min-text
 
 # By name: what else lies there is the reader's. Scenes bear the hash of the code that drew them.
 HASH := $(subst x,[0-9a-f],xxxxxxxx)

@@ -101,8 +101,10 @@ def calibration(folder: Path, img_size: tuple[int, int]) -> Path:
 
 
 def references(model_store: Path, names: list[str], images: list[bytes]) -> dict[str, list[np.ndarray]]:
-    """The right mask of each photo: "fastai" (here of the copy that export proved equal) and, by the store's name, of
-    what is not as exact, in process, where one of `names` serves it.
+    """The right masks of `images`, in process, by whose they are.
+
+    They are "fastai" (here of the copy that export proved equal) and, by the store's name, of what is not as exact,
+    where one of `names` serves it.
     """
     config = read_config(model_store)
     pixels = [*map(Preprocessor(config, model_store), images)]

@@ -1,0 +1,1 @@
+"""A fastai vision learner served without fastai: see README.md."""

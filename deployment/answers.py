@@ -66,6 +66,7 @@ def make_answer(
     if config.task == "classification":
         return classification_answer(output, config.classes, request.top)
     if config.task == "multi-label":
+        assert config.threshold is not None  # the export writes it for this task
         return multilabel_answer(output, config.classes, config.threshold, request.top)
     if config.task == "points":
         points = preprocessor.points_to_image(output.reshape(-1, 2), size)
@@ -102,6 +103,7 @@ def segmentation_answer(mask: np.ndarray, classes: list[str], format: str, image
     if format == "png":
         content = {"png": encode(mask_image(mask, classes), "PNG")}
     elif format == "overlay":
+        assert image is not None
         content = {"jpeg": encode(overlay(image, mask, classes), "JPEG")}
     else:
         content = {"base64_prediction": mask.tobytes()}

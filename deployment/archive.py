@@ -186,8 +186,7 @@ def runtime_of(archive: Path) -> str:
 
 
 def fetch(uri: str, name: str | None = None) -> Path:
-    """A new folder with the archives that lie in `uri`, a Cloud Storage folder `gs://BUCKET/FOLDER`; subfolders are
-    left out.
+    """A new folder with the archives in `uri`, a Cloud Storage folder `gs://BUCKET/FOLDER`, without its subfolders.
 
     Raises:
         FileNotFoundError: there is none; other errors are google-cloud-storage's own.
@@ -206,6 +205,7 @@ def fetch(uri: str, name: str | None = None) -> Path:
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(prog="python -m deployment.archive", description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", default="model_store", help="what the export wrote (default: %(default)s)")
     parser.add_argument("--name", default="fastunet", help="name of the model, and so of its route: %(default)s")

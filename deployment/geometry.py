@@ -3,6 +3,8 @@
 All of it follows from the configuration: the item transforms and the batch transforms that resample an image.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from .config import Config
@@ -88,16 +90,16 @@ def sample_positions(config: Config, size: tuple[int, int], axis: int) -> np.nda
     return positions
 
 
-def sampled_cells(shape: tuple[int, int], out: tuple[int, int], mode: str, align_corners: bool) -> tuple[int, int]:
+def sampled_cells(shape: Sequence[int], out: Sequence[int], mode: str, align_corners: bool) -> tuple[int, int]:
     """How many cells (height, width) fastai samples at `out` of an image of `shape`: pixels, or areas of them."""
     zoom = 1.0 if align_corners else max(out) / max(max(out) - 1, 1)
     shrink = shrink_factor(shape, out) if mode == "bilinear" else 1.0
     if shrink <= zoom:
-        return shape
+        return shape[0], shape[1]
     return int(shape[0] * (1 / shrink)), int(shape[1] * (1 / shrink))  # as `F.interpolate` rounds
 
 
-def shrink_factor(shape: tuple[int, int], out: tuple[int, int]) -> float:
+def shrink_factor(shape: Sequence[int], out: Sequence[int]) -> float:
     """By how much fastai shrinks an image of `shape` (height, width) by area before it samples it at `out`.
 
     It looks at the last two dimensions of the sampling grid, (N, height, width, 2): at the width, and at 2. See
@@ -106,14 +108,14 @@ def shrink_factor(shape: tuple[int, int], out: tuple[int, int]) -> float:
     return min(shape[0] / out[1], shape[1] / 2) / 2
 
 
-def resized_box(image: tuple[int, int], size: tuple[int, int], method: str) -> tuple[int, int]:
+def resized_box(image: Sequence[int], size: Sequence[int], method: str) -> tuple[int, int]:
     """The box of the aspect ratio of `size` around (method pad) or inside (crop) `image`; all are (height, width)."""
     by_height, by_width = image[0] / size[0], image[1] / size[1]
     scale = max(by_height, by_width) if method == "pad" else min(by_height, by_width)
     return int(scale * size[0]), int(scale * size[1])
 
 
-def middle_of_ratio(image: tuple[int, int], ratio: tuple[float, float], scale: float) -> tuple[int, int]:
+def middle_of_ratio(image: Sequence[int], ratio: tuple[float, float], scale: float) -> tuple[int, int]:
     """(height, width) of the middle of `image`, of a width of ratio[0] to ratio[1] times the height, times `scale`."""
     h, w = image
     if w / h < ratio[0]:

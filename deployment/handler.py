@@ -14,6 +14,7 @@ import sys
 import time
 import types
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,7 @@ class Job:
     request: protocol.Request
     items: list[Item]
     kept: int = 0  # bytes that its images take together until its answer is drawn, at their own size
+    respond: Callable[..., protocol.Response] = protocol.respond  # another protocol has a function of its own for it
 
     @property
     def largest(self) -> int:
@@ -213,7 +215,7 @@ class Handler:
             except Exception as error:
                 item.error = protocol.rejection(error)
         try:
-            response = protocol.respond(job.request, [item.error or item.answer for item in job.items])
+            response = job.respond(job.request, [item.error or item.answer for item in job.items])
             if warnings := {item.warning for item in job.items if item.warning}:
                 response.headers["Warning"] = f'199 - "{", ".join(warnings)}"'
             return response
@@ -223,7 +225,7 @@ class Handler:
     def refuse(self, job: Job, error: protocol.Rejected) -> protocol.Response:
         """`error` as the answer to a whole request, whatever it asked for."""
         job.request, job.items = protocol.Request([]), [Item(error=error)]
-        return protocol.respond(job.request, [error])
+        return job.respond(job.request, [error])
 
     def make_answer(self, item: Item, request: protocol.Request) -> dict:
         return answers.make_answer(item.output, self.preprocessor, request, item.size, item.shown)

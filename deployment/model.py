@@ -8,6 +8,7 @@ decoder, so that it can be exported, compiled and converted.
 import re
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ NORM_TYPES = (None, "Batch", "BatchZero", "Weight", "Spectral", "Instance", "Ins
 class WeightNormConv2d(nn.Conv2d):
     """`torch.nn.utils.weight_norm(nn.Conv2d(...))` without its hook: weight = g * v / |v|, per output channel."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         v = self.weight
         del self.weight
@@ -31,12 +32,17 @@ class WeightNormConv2d(nn.Conv2d):
         return self._conv_forward(x, torch._weight_norm(self.weight_v, self.weight_g, 0), self.bias)
 
 
-class SpectralNorm:
+class SpectralNorm(nn.modules.conv._ConvNd):
     """What `torch.nn.utils.spectral_norm` makes of a convolution in evaluation mode: no hook, no power iteration."""
 
-    def __init__(self, *args, **kwargs):
+    weight_u: Tensor
+    weight_v: Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.weight_orig = nn.Parameter(self._parameters.pop("weight").detach())
+        weight = self.weight
+        del self.weight
+        self.weight_orig = nn.Parameter(weight.detach())
         self.register_buffer("weight_u", F.normalize(torch.randn(self.weight_orig.shape[0]), dim=0))
         self.register_buffer("weight_v", F.normalize(torch.randn(self.weight_orig[0].numel()), dim=0))
 
@@ -57,9 +63,17 @@ class SpectralNormConv2d(SpectralNorm, nn.Conv2d):
 class ConvLayer(nn.Sequential):
     """Convolution, normalization, activation and, optionally, one `xtra` layer, in that order."""
 
-    def __init__(self, ni, nf, ks=3, norm_type="Batch", act_cls="ReLU", xtra=None):
+    def __init__(
+        self,
+        ni: int,
+        nf: int,
+        ks: int = 3,
+        norm_type: str | None = "Batch",
+        act_cls: str | Sequence | None = "ReLU",
+        xtra: nn.Module | None = None,
+    ):
         norm = {"Batch": nn.BatchNorm2d, "Instance": nn.InstanceNorm2d}.get((norm_type or "").removesuffix("Zero"))
-        conv = {"Weight": WeightNormConv2d, "Spectral": SpectralNormConv2d}.get(norm_type, nn.Conv2d)
+        conv = {"Weight": WeightNormConv2d, "Spectral": SpectralNormConv2d}.get(norm_type or "", nn.Conv2d)
         layers = [conv(ni, nf, ks, padding=(ks - 1) // 2, bias=norm is None)]
         layers += [norm(nf, affine=True)] if norm else []
         layers += [activation(act_cls)] if act_cls else []
@@ -84,7 +98,9 @@ class Encoder(nn.Sequential):
 class PixelShuffleICNR(nn.Sequential):
     """Upsample by two: a 1 x 1 convolution to four times the channels, then `PixelShuffle`, then an optional blur."""
 
-    def __init__(self, ni, nf, blur=False, norm_type=None, act_cls="ReLU"):
+    def __init__(
+        self, ni: int, nf: int, blur: bool = False, norm_type: str | None = None, act_cls: str | Sequence = "ReLU"
+    ):
         layers = [ConvLayer(ni, nf * 4, ks=1, norm_type=norm_type, act_cls=act_cls), nn.PixelShuffle(2)]
         if blur:
             layers += [nn.ReplicationPad2d((1, 0, 1, 0)), nn.AvgPool2d(2, stride=1)]
@@ -94,7 +110,7 @@ class PixelShuffleICNR(nn.Sequential):
 class SelfAttention(nn.Module):
     """Self-attention over all positions of a feature map (Zhang et al., 2018), as fastai's `SelfAttention`."""
 
-    def __init__(self, n):
+    def __init__(self, n: int):
         super().__init__()
         widths = (n // 8, n // 8, n)
         self.query, self.key, self.value = (nn.Sequential(SpectralNormConv1d(n, w, 1, bias=False)) for w in widths)
@@ -111,13 +127,20 @@ class UnetBlock(nn.Module):
     """One step up the decoder: upsample, join the skip connection, two convolutions."""
 
     def __init__(
-        self, up_in_c, x_in_c, final_div=True, blur=False, self_attention=False, act_cls="ReLU", norm_type=None
+        self,
+        up_in_c: int,
+        x_in_c: int,
+        final_div: bool = True,
+        blur: bool = False,
+        self_attention: bool = False,
+        act_cls: str | Sequence = "ReLU",
+        norm_type: str | None = None,
     ):
         super().__init__()
         self.shuf = PixelShuffleICNR(up_in_c, up_in_c // 2, blur, norm_type, act_cls)
         self.bn = nn.BatchNorm2d(x_in_c)
         ni = up_in_c // 2 + x_in_c
-        nf = ni if final_div else ni // 2
+        self.channels = nf = ni if final_div else ni // 2
         self.conv1 = ConvLayer(ni, nf, norm_type=norm_type, act_cls=act_cls)
         self.conv2 = ConvLayer(nf, nf, 3, norm_type, act_cls, xtra=SelfAttention(nf) if self_attention else None)
         self.relu = activation(act_cls)
@@ -144,7 +167,7 @@ class MergeLayer(nn.Module):
 class ResBlock(nn.Module):
     """Two convolutions beside an identity path, which gets a 1 x 1 convolution where the channels change."""
 
-    def __init__(self, ni, nf, norm_type=None, act_cls="ReLU"):
+    def __init__(self, ni: int, nf: int, norm_type: str | None = None, act_cls: str | Sequence = "ReLU"):
         super().__init__()
         self.convpath = nn.Sequential(
             ConvLayer(ni, nf, norm_type=norm_type, act_cls=act_cls),
@@ -160,7 +183,7 @@ class ResBlock(nn.Module):
 class SigmoidRange(nn.Module):
     """Sigmoid stretched to the open interval (low, high)."""
 
-    def __init__(self, low, high):
+    def __init__(self, low: float, high: float):
         super().__init__()
         self.low, self.high = low, high
 
@@ -214,12 +237,13 @@ class DynamicUnetDIY(nn.Module):
 
         ni = sizes[-1][1]
         middle_conv = nn.Sequential(ConvLayer(ni, ni * 2, **style), ConvLayer(ni * 2, ni, **style))
-        layers = [encoder, nn.BatchNorm2d(ni), nn.ReLU(), middle_conv]
+        layers: list[nn.Module] = [encoder, nn.BatchNorm2d(ni), nn.ReLU(), middle_conv]
         for i, idx in enumerate(reversed(encoder.skip_indices)):
             final, third_last = i == len(encoder.skip_indices) - 1, i == len(encoder.skip_indices) - 3
             blurred, attention = blur and (blur_final or not final), self_attention and third_last
-            layers.append(UnetBlock(ni, sizes[idx][1], not final, blurred, attention, **style))
-            ni = layers[-1].conv2[0].out_channels
+            block = UnetBlock(ni, sizes[idx][1], not final, blurred, attention, **style)
+            layers.append(block)
+            ni = block.channels
         if tuple(img_size) != tuple(sizes[0][-2:]):
             layers.append(PixelShuffleICNR(ni, ni, **style))
         layers.append(ResizeToOrig())

@@ -8,6 +8,7 @@ import importlib.util
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -26,6 +27,13 @@ PROGRESSIVE_BYTES = 2  # of a pixel, for each band
 PADDING_BYTES = 14  # of a pixel of the padded image, for the arrays on the way there
 CLIPPED = "more than 8 bits: values above 255 are white, as the learner opens the image; export with --open"
 ANSWER_BYTES = 8  # of a pixel of an answer at the image's own size: mask, base64 and JSON, or the overlay
+# numpy's names for the ways that fastai pads
+PAD_MODES: dict[str, Literal["constant", "edge", "reflect"]] = {
+    "zeros": "constant",
+    "border": "edge",
+    "reflection": "reflect",
+}
+Opener = Callable[[bytes], Image.Image | np.ndarray]  # from a file to the image, in open_image.py
 Image.MAX_IMAGE_PIXELS = None  # `max_pixels` is the limit here, and each image's header is held against it
 
 
@@ -39,7 +47,7 @@ class Preprocessor:
     resize it sees all of the image's.
     """
 
-    def __init__(self, config: Config, folder: Path | str | None = None):
+    def __init__(self, config: Config, folder: Path | str = "."):
         self.config = config
         self.max_pixels = config.max_pixels or (4_000_000 if config.keeps_image_size else 50_000_000)
         self.open_image = load_opener(Path(folder, "open_image.py")) if config.opener else None
@@ -57,9 +65,11 @@ class Preprocessor:
         Raises:
             Rejected: 400 for what cannot be opened, 413 for an image above `max_pixels`.
         """
-        return self.open_own(data) if self.open_image else self.decode(self.identify(data))
+        if self.open_image:
+            return self.open_own(data, self.open_image)
+        return self.decode(self.identify(data))
 
-    def open_own(self, data: bytes) -> Image.Image | np.ndarray:
+    def open_own(self, data: bytes, open_image: Opener) -> Image.Image | np.ndarray:
         """The image in `data` as the reader's `open_image` returns it.
 
         Raises:
@@ -67,7 +77,7 @@ class Preprocessor:
             TypeError: it returns something else than an image as the learner has them.
         """
         try:
-            image = self.open_image(data)
+            image = open_image(data)
         except (ValueError, OSError) as error:
             refusal = bad_image("open_image takes no such file")
             refusal.__cause__ = error
@@ -110,7 +120,7 @@ class Preprocessor:
         """
         mode = MODES[self.config.channels]
         try:
-            if self.config.decode == "fast" and not whole:
+            if self.config.decode == "fast" and self.config.resize and not whole:
                 h, w = self.config.resize["size"]
                 image.draft(None, (2 * w, 2 * h))  # other formats have no such scaling, and stay as they are
             image.load()
@@ -124,7 +134,7 @@ class Preprocessor:
         """The bytes that decoding and resizing what `identify` returned takes at most."""
         pixels, mode = image.width * image.height, MODES[self.config.channels]
         each = MODE_BYTES.get(image.mode, 4) + (0 if image.mode == mode else MODE_BYTES.get(mode, 4))
-        each += DECODER_BYTES.get(image.format, 0)
+        each += DECODER_BYTES.get(image.format or "", 0)
         if image.info.get("progressive"):
             each += PROGRESSIVE_BYTES * len(image.getbands())
         options = self.config.resize or {}
@@ -198,7 +208,7 @@ class Preprocessor:
         return np.stack(columns, axis=1)
 
 
-def load_opener(path: Path) -> Callable[[bytes], Image.Image | np.ndarray]:
+def load_opener(path: Path) -> Opener:
     """The function `open_image` in the file at `path`.
 
     Raises:
@@ -208,6 +218,7 @@ def load_opener(path: Path) -> Callable[[bytes], Image.Image | np.ndarray]:
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     spec = importlib.util.spec_from_file_location("open_image", path)
+    assert spec and spec.loader  # as there is for any file of Python
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -231,7 +242,10 @@ def size_of(image: Image.Image | np.ndarray) -> tuple[int, int]:
 
 def clips(image: Image.Image) -> bool:
     """Whether `image`, decoded, has more than 8 bits, of which mode RGB or L keeps the values up to 255 alone."""
-    return image.mode.startswith(("I", "F")) and image.getextrema()[1] > 255
+    if not image.mode.startswith(("I", "F")):
+        return False
+    _, highest = image.getextrema()
+    return isinstance(highest, int | float) and highest > 255
 
 
 def viewable(image: Image.Image | np.ndarray) -> Image.Image:
@@ -253,7 +267,6 @@ def crop_pad(image: Image.Image, left: int, top: int, width: int, height: int, p
     image = image.crop((max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height)))
     if not any(before + after):
         return image
-    mode = {"zeros": "constant", "border": "edge", "reflection": "reflect"}[pad_mode]
     pixels = np.asarray(image)
     sides = [*zip(before, after, strict=True), (0, 0)][: pixels.ndim]
-    return Image.fromarray(np.pad(pixels, sides, mode=mode))
+    return Image.fromarray(np.pad(pixels, sides, mode=PAD_MODES[pad_mode]))

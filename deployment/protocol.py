@@ -41,18 +41,22 @@ class Rejected(Exception):
 
 
 def bad_request(message: str) -> Rejected:
+    """400: what was sent is no request."""
     return Rejected(HTTPStatus.BAD_REQUEST, "BadRequest", message)
 
 
 def bad_image(message: str) -> Rejected:
+    """400: what was sent is no image that can be taken."""
     return Rejected(HTTPStatus.BAD_REQUEST, "BadImage", message)
 
 
 def too_large(message: str) -> Rejected:
+    """413: more than a limit allows."""
     return Rejected(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "TooLarge", message)
 
 
 def busy(message: str = "too many requests: try again in a second") -> Rejected:
+    """503: there is no place, or no memory, for the request at the moment."""
     return Rejected(HTTPStatus.SERVICE_UNAVAILABLE, "Busy", message)
 
 
@@ -219,7 +223,7 @@ def weight_of(q: str) -> float:
         return 1.0
 
 
-def read_instance(instance) -> bytes:
+def read_instance(instance: object) -> bytes:
     """The bytes of the image in one of `Request.instances`.
 
     Raises:
@@ -246,7 +250,7 @@ def respond(request: Request, answers: list[dict | Rejected]) -> Response:
     It is an error when no image could be answered: the server's own where there is one among them, else the first.
     """
     errors = [answer for answer in answers if isinstance(answer, Rejected)]
-    status, worst = HTTPStatus.OK, None
+    status, worst, answer = HTTPStatus.OK, None, answers[0]
     if len(errors) == len(answers):
         worst = next((error for error in errors if error.status >= 500), errors[0])
         status = worst.status if not request.is_json or worst.status >= 500 else HTTPStatus.BAD_REQUEST
@@ -254,13 +258,13 @@ def respond(request: Request, answers: list[dict | Rejected]) -> Response:
         content = {"predictions": [as_json(answer) for answer in answers]}
         if worst:
             content |= Rejected(status, worst.type, f"no instance is good: {worst.message}").as_json()
-    elif worst:
-        content = worst.as_json()
+    elif isinstance(answer, Rejected):
+        content = answer.as_json()
     else:
-        picture = next((value for value in answers[0].values() if isinstance(value, bytes)), None)
+        picture = next((value for value in answer.values() if isinstance(value, bytes)), None)
         if request.format != "json" and picture is not None:
             return Response(status, MEDIA_TYPES[request.format], picture)
-        content = as_json(answers[0])
+        content = as_json(answer)
     return Response(status, MEDIA_TYPES["json"], json.dumps(content).encode(), worst.headers if worst else {})
 
 

@@ -7,6 +7,7 @@ the port stays closed until then.
 
 import argparse
 import importlib.util
+import io
 import os
 import sys
 import threading
@@ -29,6 +30,7 @@ def cloud_port() -> str | None:
 
 
 def parse_args() -> argparse.Namespace:
+    """The options of the command."""
     parser = argparse.ArgumentParser(
         prog="python -m deployment.serve",
         description="Serve an archive, in the foreground, on loopback.",
@@ -131,9 +133,11 @@ def serve_on_torchserve(name: str, options: argparse.Namespace, folder: Path, ke
 
 
 def main() -> None:
+    """The command."""
     options = parse_args()
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a name that the locale cannot write ends no server
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the locale cannot write ends no server
     try:
         folder = own_folder()
         if options.check:

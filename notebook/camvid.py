@@ -209,13 +209,13 @@ def show_rows(
 
     from deployment.answers import palette
 
-    rows = [{title: np.asarray(picture) for title, picture in row.items()} for row in rows]
+    lines = [{title: np.asarray(picture) for title, picture in row.items()} for row in rows]
     colors = palette(list(codes))
-    shown = sorted({int(i) for row in rows for p in row.values() if p.ndim == 2 for i in np.unique(p)})
+    shown = sorted({int(i) for row in lines for p in row.values() if p.ndim == 2 for i in np.unique(p)})
     n = len(rows[0])
     fig, axes = plt.subplots(len(rows), n, figsize=(3.6 * n, 2.8 * len(rows)), squeeze=False, layout="constrained")
-    for row, line in zip(rows, axes, strict=True):
-        for picture, ax in zip(row.values(), line, strict=True):
+    for row, row_axes in zip(lines, axes, strict=True):
+        for picture, ax in zip(row.values(), row_axes, strict=True):
             ax.imshow(colors[picture] if picture.ndim == 2 else picture, interpolation="nearest")
             ax.set_axis_off()
     for title, ax in zip(rows[0], axes[0], strict=True):

@@ -13,7 +13,7 @@ MODEL_STORE = HERE.parent / "model_store"
 OLDEST_TORCH = (2, 6)
 # The machine's own are kept: its GPU's driver fits its torch, and its kernel may have numpy and pillow loaded already.
 KEPT = ("torch", "torchvision", "numpy", "pillow")
-LEFT_OUT = ("jupyter", "ruff")  # the machine is a notebook server, and nobody checks the style there
+LEFT_OUT = ("jupyter", "pyrefly", "ruff")  # the machine is a notebook server, and nobody checks the style there
 
 
 def prepare(notebook: str, learner: str | None = None) -> None:
@@ -62,7 +62,7 @@ def to_install(requirements: str) -> list[str]:
     if not torch or "torchvision" not in have or (int(torch[1]), int(torch[2])) < OLDEST_TORCH:
         have = {}  # torch, torchvision and what they compute with come from requirements.txt, all together
     lines = [line for line in requirements.splitlines() if line and line[0] not in "#-"]
-    names = {line: re.match(r"[\w-]+", line)[0] for line in lines}
+    names = {line: re.split(r"[^\w-]", line)[0] for line in lines}
     chosen = [line for line, name in names.items() if name not in have and name not in LEFT_OUT]
     return [*chosen, *(f"{name}=={found}" for name, found in have.items())]
 
@@ -82,6 +82,7 @@ def run(*command: str) -> None:
         RuntimeError: it failed.
     """
     process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout
     with process:
         for line in process.stdout:
             print(line, end="", flush=True)

@@ -7,6 +7,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -16,7 +17,7 @@ def report() -> None:
     from fastai.callback.core import Callback
     from fastai.learner import Learner
 
-    file = open(os.environ["PROGRESS"], "a", buffering=1)  # noqa: SIM115 - as long as the kernel runs
+    file = open(os.environ["PROGRESS"], "a", buffering=1)  # as long as the kernel runs
 
     class Report(Callback):
         order = 60  # after the recorder, whose figures it passes on
@@ -32,9 +33,9 @@ def report() -> None:
 
     fit = Learner.fit
 
-    def reporting_fit(self, *args, **kwargs):
+    def reporting_fit(self: Learner, *args: Any, **kwargs: Any) -> None:
         with self.added_cbs(Report()):  # for the time of the training only: no exported learner holds it
-            return fit(self, *args, **kwargs)
+            fit(self, *args, **kwargs)
 
     Learner.fit = reporting_fit
 

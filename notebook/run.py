@@ -36,7 +36,7 @@ class Client(AsyncKernelClient):
     whether the kernel lives, and needs no heartbeat.
     """
 
-    def start_channels(self, **channels: bool) -> None:
+    def start_channels(self, **channels: bool) -> None:  # pyrefly: ignore[bad-override]
         super().start_channels(**channels | {"hb": False})
 
     def stop_channels(self) -> None:
@@ -52,7 +52,7 @@ class Manager(AsyncKernelManager):
     client_factory = Type(Client, klass=AsyncKernelClient)
 
 
-def run(notebook: Path, output: Path, parameters: dict[str, str]) -> nbformat.NotebookNode:
+def run(notebook: Path, output: Path, parameters: dict[str, str | int]) -> nbformat.NotebookNode:
     """Execute `notebook` with `parameters`, write it to `output`, and return it.
 
     Raises:
@@ -73,7 +73,7 @@ def run(notebook: Path, output: Path, parameters: dict[str, str]) -> nbformat.No
             extra_arguments=arguments,
             progress_bar={"desc": f"{notebook.stem}: ", "bar_format": BAR},
         )
-    return nbformat.read(output, as_version=4)
+    return nbformat.read(output, as_version=4)  # pyrefly: ignore[bad-return]
 
 
 def check(parameters: dict[str, str | int]) -> None:
@@ -93,7 +93,7 @@ def check(parameters: dict[str, str | int]) -> None:
 
         try:
             with torch.device("meta"):  # shapes alone
-                DynamicUnetDIY(arch, 2)
+                DynamicUnetDIY(str(arch), 2)
         except ValueError as e:
             raise ValueError(f"ARCH={arch}: {e}") from e
 
@@ -113,7 +113,8 @@ def source_hash(notebook: nbformat.NotebookNode) -> str:
     code = "\n".join(TransformerManager().transform_cell(source) for source in cells)
     finder = ModuleFinder([str(HERE.parent), str(HERE)], excludes=["tests"])  # no package, which it cannot follow
     finder.scan_code(compile(code, "notebook", "exec"), finder.add_module("__main__"))
-    files = sorted(module.__file__ for module in finder.modules.values() if module.__file__)
+    paths = [getattr(module, "__file__", None) for module in finder.modules.values()]
+    files = sorted(path for path in paths if path)
     sources = [source.encode() for source in cells] + [Path(file).read_bytes() for file in files]
     return hashlib.sha256(b"\0".join(sources)).hexdigest()
 
@@ -139,6 +140,7 @@ def write_outputs(executed: nbformat.NotebookNode, notebook: Path) -> None:
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("numbers", nargs="+", help="which notebooks, by the number that their name starts with")
     parser.add_argument("--into", type=Path, metavar="FOLDER", help="where the executed notebooks go")
@@ -152,8 +154,9 @@ def main() -> None:
         check(parameters)
     except ValueError as e:
         sys.exit(f"error: {e}")
-    if os.path.isdir(parameters.get("DATA", "")):  # the kernel runs in notebook/
-        parameters["DATA"] = os.path.relpath(parameters["DATA"], HERE)
+    data = str(parameters.get("DATA", ""))
+    if os.path.isdir(data):  # the kernel runs in notebook/
+        parameters["DATA"] = os.path.relpath(data, HERE)
     for number in args.numbers:
         (notebook,) = HERE.glob(f"{number}_*.ipynb")
         with tempfile.TemporaryDirectory() as scratch:

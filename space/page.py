@@ -109,6 +109,7 @@ def build(ask: Callable[[bytes], dict], palette: Callable, sample: Path, where: 
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("url", nargs="?", default="http://127.0.0.1:8080/predictions/fastunet", help="of the model")
     parser.add_argument("--endpoint", metavar="NAME", help="ask this endpoint on AI Platform instead of a server")

@@ -48,6 +48,7 @@ def test_agrees_with_the_image():
     [container] = PREDICTOR["containers"]
     port = int(re.search(r"AIP_HTTP_PORT=(\d+)", DOCKERFILE)[1])
     assert container["ports"][0]["containerPort"] == port == int(container["env"][0]["value"])
+    assert {"name": "PROTOCOL", "value": "v2"} in container["env"] and SERVICE["metadata"]["name"] == "fastunet"
     ping = {"path": "/ping", "port": port}
     assert all(container[f"{kind}Probe"]["httpGet"] == ping for kind in ("startup", "readiness", "liveness"))
     assert f"--uid {PREDICTOR['securityContext']['runAsUser']} " in DOCKERFILE

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from . import (
     batch,
@@ -70,6 +71,7 @@ def shared_options() -> tuple[argparse.ArgumentParser, ...]:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options of the command in `argv`; None: this process's own."""
     common, machines, made, answers = shared_options()
     about = "Host the serving image on Google Cloud: Vertex AI, now Gemini Enterprise Agent Platform."
     parser = argparse.ArgumentParser(prog="python -m deployment.ai_platform", description=about)
@@ -122,6 +124,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Do what the command in `args` says, and print what came of it."""
     common = {"command", "project", "location", "api_endpoint", "verbose"}
     options = {key: value for key, value in vars(args).items() if key not in common and value is not None}
     match args.command:
@@ -155,7 +158,7 @@ def run(args: argparse.Namespace) -> None:
                 print(f"no more of {args.name} {where}. What stays, and how to remove it:", *stays, sep="\n  ")
 
 
-def ask_raw(images: Sequence[Path], **options) -> Iterator[dict]:
+def ask_raw(images: Sequence[Path], **options: Any) -> Iterator[dict]:
     """The answers to the images, one by one and raw; a picture as `{"png": …}` or `{"jpeg": …}`, an error in place."""
     from google.api_core import exceptions
 
@@ -225,6 +228,7 @@ def write(path: Path, data: bytes) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """The command; an error of Google's ends it with one line and what helps."""
     args = parse_args(argv)
     from google.api_core.exceptions import GoogleAPICallError
     from google.auth.exceptions import GoogleAuthError

@@ -82,6 +82,7 @@ def predict_raw(
     data = read(image)
     if parameters:  # in a form, as a browser sends it: nobody says whether the service hands `Accept` on
         form = requests.Request("POST", "https://localhost", files={"data": data}, data=parameters).prepare()
+        assert isinstance(form.body, bytes)
         body, content_type = form.body, form.headers["Content-Type"]
     else:
         body, content_type = data, "application/octet-stream"

@@ -9,7 +9,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Result = TypeVar("Result")
 
@@ -52,7 +52,7 @@ def limited(seconds: float) -> Callable[[Callable[..., Result]], Callable[..., R
 
     def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
         @functools.wraps(function)
-        def call(*args, **kwargs) -> Result:
+        def call(*args: Any, **kwargs: Any) -> Result:
             if getattr(calling, "limited", False):  # called by a function that is limited itself
                 return function(*args, **kwargs)
             outcome: list = []

@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -137,7 +137,7 @@ def prepared_batches(model: ServedModel, device: torch.device, dtype: torch.dtyp
     return passes
 
 
-def padded_size(n: int, sizes) -> int:
+def padded_size(n: int, sizes: Iterable[int]) -> int:
     """The smallest of `sizes` that holds `n` images."""
     return min(size for size in sizes if size >= n)
 
@@ -174,6 +174,7 @@ def graphed(
                 compute(model, pixels, dtype)
             with no_waiting():  # a rehearsal: most of what no graph can hold fails here, where it does no harm
                 compute(model, pixels, dtype)
+            # pyrefly: ignore[bad-argument-type] - torch gives the pool's type a name of its own
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 y = compute(model, pixels, dtype)
     except RuntimeError as error:

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_openvino(
-    model: Path | str | object, threads: int, precision: str = "fp32", usual_size: tuple[int, int] = (32, 32)
+    model: Path | str | openvino.Model, threads: int, precision: str = "fp32", usual_size: tuple[int, int] = (32, 32)
 ) -> ImageQueue:
     """`model`, a path or in memory, as a function from images to outputs; see `runtime.load`.
 
@@ -57,7 +57,7 @@ def load_openvino(
     return ImageQueue(compute, at_once)
 
 
-def blank_image(compiled, usual_size: tuple[int, int]) -> np.ndarray:
+def blank_image(compiled: openvino.CompiledModel, usual_size: tuple[int, int]) -> np.ndarray:
     """A batch of one image that `compiled` takes: of `usual_size` (height, width) where it takes several."""
     (given,) = compiled.inputs
     _, *sides, channels = given.partial_shape
@@ -65,7 +65,9 @@ def blank_image(compiled, usual_size: tuple[int, int]) -> np.ndarray:
     return np.zeros((1, *size, channels.get_length()), given.element_type.to_dtype())
 
 
-def lone_request(model, threads: int, precision: str, warm_up: np.ndarray):
+def lone_request(
+    model: Path | str | openvino.Model, threads: int, precision: str, warm_up: np.ndarray
+) -> openvino.InferRequest:
     """An infer request that computes an image with all `threads`, and has done so once."""
     try:
         request = compile_model(model, threads, precision=precision).create_infer_request()
@@ -84,13 +86,13 @@ def in_background(function: Callable) -> Future:
     return result
 
 
-def infer(request, batch: np.ndarray) -> np.ndarray:
+def infer(request: openvino.InferRequest, batch: np.ndarray) -> np.ndarray:
     """The output of one infer request, which only one thread at a time may use, for one image."""
     return request.infer(batch, share_inputs=True)[0]
 
 
 def compile_model(
-    model: Path | str | object, threads: int, streams: int = 1, precision: str = "fp32", keep: bool = False
+    model: Path | str | openvino.Model, threads: int, streams: int = 1, precision: str = "fp32", keep: bool = False
 ):
     """`model`, a path or in memory, for `threads` threads that `streams` images at once share.
 
@@ -116,6 +118,7 @@ def compile_model(
 
 
 def available_cores() -> int:
+    """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -195,6 +195,10 @@ class BatchTransforms(nn.Module):
     Pixels (N, H, W, channels) of any dtype to floats (N, channels, H, W).
     """
 
+    mean: Tensor
+    std: Tensor
+    divisor: float | Tensor
+
     def __init__(self, config: Config, in_graph: bool = False):
         super().__init__()
         self.affine, self.resample = config.affine, resample_in_graph if in_graph else resample_affine
@@ -292,6 +296,7 @@ def resample_in_graph(
 
 
 def scalar(number: int | torch.SymInt) -> Tensor:
+    """`number` as a float64 tensor of no dimensions, which a graph can hold."""
     return torch.scalar_tensor(number, dtype=torch.float64)
 
 

@@ -68,7 +68,7 @@ class ImageQueue:
             with contextlib.suppress(RuntimeError):  # no memory for one more thread: this one computes all
                 self.helpers.submit(self.work, waiting)
         self.work(waiting)
-        return [item.output for item in waiting]
+        return [item.output for item in waiting if item.output is not None]  # as all have by now
 
     def work(self, own: list[Waiting]) -> None:
         """Compute whatever has its turn until all of `own` are done."""

@@ -20,6 +20,7 @@ import zipfile
 from collections.abc import AsyncIterator, Callable
 from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 
 import anyio
 import anyio.from_thread
@@ -37,7 +38,7 @@ from ..handler import Handler, Job
 from ..memory import memory_limit
 from ..protocol import Rejected, busy, reasons, rejection
 from ..runtime import cores
-from . import metrics, tracing
+from . import inference_protocol, metrics, tracing
 from .connection import Connection, allow_files
 from .forms import Bodies, read_fields, read_query, twice
 from .processes import own_route
@@ -51,6 +52,7 @@ QUICK_PIXELS = 3_000_000  # of an image that is decoded in less than a tenth of 
 WAIT_SECONDS = 120  # that a request may wait for its turn
 DRAIN_SECONDS = 25  # that requests in flight have when the server is asked to stop
 
+Reader = Callable[[Request, bytes], Job]  # of a request with this body; raises Rejected
 Answered = tuple[Response, list[Rejected]]  # the answer to a request, and the errors that are part of it
 
 
@@ -63,6 +65,7 @@ class Application:
         self.paths = [f"{self.path}{rest}" for rest in ("", "/", f"/{version}", f"/{version}/")]  # as TorchServe has it
         written = (HERE / "openapi.yaml").read_text(encoding="utf-8")
         self.description = yaml.safe_load(written.replace("NAME", name))
+        self.inference_protocol = inference_protocol.InferenceProtocol(handler, name, version, self.answer)
         self.tracer = tracing.make_tracer()
         self.end: Callable[[], object] = lambda: None  # the process, so that another can be started
         self.arriving = self.requests = 0  # requests whose bodies are read, and those that wait or are computed
@@ -82,20 +85,25 @@ class Application:
         routes.append(Route("/", self.page))
         routes.append(Route("/openapi.json", self.openapi))
         routes += [Route(path, self.ping) for path in ("/ping", "/ping/")]
+        routes += self.inference_protocol.routes()
         return Starlette(routes=routes, exception_handlers={HTTPException: self.no_route})
 
     async def predict(self, request: Request) -> Response:
+        return await self.answer(request, self.read, refusal)
+
+    async def answer(self, request: Request, read: Reader, refuse: Callable[[Rejected], Response]) -> Response:
+        """The answer to `request`, of which `read` makes a job, and `refuse` the answer to an error before that."""
         request_id = str(uuid.uuid4())
         errors: list[Rejected] = []
         try:
             self.admit(request)
             async with self.arrived(request) as body:
-                response, errors = await self.answer_in_turn(request, body)
+                response, errors = await self.answer_in_turn(request, body, read)
         except ClientDisconnect:
             return Response(status_code=499)  # nobody hears it
         except Exception as error:
             errors = [rejection(error)]
-            response = refusal(errors[0])
+            response = refuse(errors[0])
         self.log_errors(request_id, response.status_code, errors)
         if self.handler.broken:
             logger.critical("the model fails on every image: this process ends, so that another can be started")
@@ -133,7 +141,7 @@ class Application:
             finally:
                 self.requests -= 1
 
-    async def answer_in_turn(self, request: Request, body: bytes) -> Answered:
+    async def answer_in_turn(self, request: Request, body: bytes, read: Reader) -> Answered:
         """The answer to one request, made in a thread, once one of the turns is free.
 
         Raises:
@@ -141,29 +149,33 @@ class Application:
             starlette.requests.ClientDisconnect: nobody waits for the answer any more.
         """
         await self.bodies.wait_for_room(0)  # answers that nobody takes would become more with each request
-        job, began, answered = await self.in_turn(self.turns, self.begin, request, body)
+        job, began, answered = await self.in_turn(self.turns, self.begin, request, body, read)
         return answered or await self.in_turn(self.long_turns, self.finish, request, job, began)
 
-    async def in_turn(self, turns: anyio.CapacityLimiter, work: Callable, request: Request, *arguments):
+    async def in_turn(self, turns: anyio.CapacityLimiter, work: Callable, request: Request, *arguments: Any):
         waits = turns.available_tokens == 0
         with anyio.move_on_after(WAIT_SECONDS):  # ends the wait alone: what a thread has begun is awaited
             # Of idle threads anyio takes the one used last: its caches are warm, and so is the core on which it wakes.
             return await anyio.to_thread.run_sync(self.unless_gone, waits, work, request, *arguments, limiter=turns)
         raise busy()
 
-    def unless_gone(self, waited: bool, work: Callable, request: Request, *arguments):
+    def unless_gone(self, waited: bool, work: Callable, request: Request, *arguments: Any):
         if waited and anyio.from_thread.run(request.is_disconnected):
             raise ClientDisconnect
         return work(request, *arguments)
 
-    def begin(self, request: Request, body: bytes) -> tuple[Job, float, Answered | None]:
-        """The request as a job, when it was begun, and its answer unless that takes long."""
-        began = time.perf_counter()
+    def read(self, request: Request, body: bytes) -> Job:
+        """The request as a job. Raises Rejected, 400, for a form or an address that cannot be read."""
         fields = read_fields(body, request.headers.get("content-type", ""))
         options = read_query(request.query_params.multi_items())
         for name in options.keys() & fields.keys():
             raise twice(name)
-        job = self.handler.read(fields | options, request.headers.get("accept", ""))
+        return self.handler.read(fields | options, request.headers.get("accept", ""))
+
+    def begin(self, request: Request, body: bytes, read: Reader) -> tuple[Job, float, Answered | None]:
+        """The request as a job, when it was begun, and its answer unless that takes long."""
+        began = time.perf_counter()
+        job = read(request, body)
         return job, began, self.finish(request, job, began) if is_quick(job) else None
 
     def finish(self, request: Request, job: Job, began: float) -> Answered:
@@ -193,9 +205,11 @@ class Application:
         policy = "default-src 'self' 'unsafe-inline'; img-src 'self' blob:; frame-ancestors 'none'"
         return FileResponse(HERE / "try.html", headers={"Content-Security-Policy": policy})
 
-    async def no_route(self, request: Request, error: HTTPException) -> Response:
+    async def no_route(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
         status = HTTPStatus(error.status_code)
-        return refusal(Rejected(status, status.phrase.title().replace(" ", ""), f"predictions: POST {self.path}"))
+        refused = Rejected(status, status.phrase.title().replace(" ", ""), f"predictions: POST {self.path}")
+        return inference_protocol.refusal(refused) if request.url.path.startswith("/v2") else refusal(refused)
 
 
 def application(handler: Handler, name: str, token: str | None = None, version: str = "1.0") -> Starlette:

@@ -64,6 +64,7 @@ class Connection(H11Protocol):
 
 
 def cancel(timer: asyncio.TimerHandle | None) -> None:
+    """Stop `timer`, if there is one; returns None, which takes its place."""
     if timer:
         timer.cancel()
 

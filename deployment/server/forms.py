@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import AsyncIterator, Iterable
 from http import HTTPStatus
+from typing import Any
 
 import anyio
 import python_multipart
@@ -107,13 +108,13 @@ def read_fields(body: bytes, content_type: str) -> dict[str, bytes]:
         return {"body": body}
     fields = {}
 
-    def keep(part, value: bytes | None) -> None:
+    def keep(part: Any, value: bytes | None) -> None:
         name = (part.field_name or b"").decode(errors="replace")
         if name in fields:
             raise twice(name)
         fields[name] = value or b""
 
-    def keep_file(part) -> None:
+    def keep_file(part: Any) -> None:
         part.file_object.seek(0)
         keep(part, part.file_object.read())
 

@@ -17,6 +17,7 @@ REJECTED = Gauge("rejected_inputs", "Requests, or images of a request, that got 
 
 
 def count_request(model: str) -> None:
+    """A request that was let in."""
     REQUESTS.labels(model, "Model").inc()
 
 
@@ -29,5 +30,6 @@ def observe_answer(model: str, seconds: list[float], images: int) -> None:
 
 
 def count_errors(model: str, errors: list[Rejected]) -> None:
+    """Errors of requests, or of images in them, by their type."""
     for error in errors:
         REJECTED.labels(error.type, model, "Model").inc()

@@ -14,6 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 # Its input ends with the process that started it, however that ended: then the process group $1 has ten seconds to end.
 GUARD = """
@@ -65,7 +66,7 @@ def reserve_port(host: str, port: int) -> socket.socket:
 
 
 @contextlib.contextmanager
-def started(argv: list[str], env: dict[str, str], **popen_options) -> Iterator[subprocess.Popen]:
+def started(argv: list[str], env: dict[str, str], **popen_options: Any) -> Iterator[subprocess.Popen]:
     """A server as a child for the length of a `with` block; none of its processes outlives the block or this process.
 
     It has a process group of its own, so that no Ctrl-C of the terminal's reaches it, and keeps its files (tokens) to

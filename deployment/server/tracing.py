@@ -4,6 +4,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from .metrics import STEPS
 
@@ -27,7 +28,7 @@ def make_tracer():
     return provider.get_tracer("deployment.server")
 
 
-def record(tracer, name: str, headers: Mapping[str, str], status: int, began: float, seconds: list[float]) -> None:
+def record(tracer: Any, name: str, headers: Mapping[str, str], status: int, began: float, seconds: list[float]) -> None:
     """A span for a request, part of the trace that its header `traceparent` names, and one for each of its steps.
 
     Args:
