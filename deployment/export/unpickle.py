@@ -1,5 +1,7 @@
 """Unpickle what another program, and another Python, pickled: what is missing here is replaced by inert stand-ins."""
 
+from __future__ import annotations  # an earlier fastai's environment runs this too, see rescue.py
+
 import builtins
 import dataclasses
 import functools
@@ -9,6 +11,8 @@ import re
 import sys
 import types
 import typing
+
+from . import earlier
 
 
 @dataclasses.dataclass
@@ -93,8 +97,10 @@ class LenientUnpickler(pickle._Unpickler):  # the one in Python, whose steps can
             self.stack.pop()
             for name, value in (state[1] if isinstance(state, tuple) else state).items():
                 setattr(thing, name, value)
-        else:
-            super().load_build()
+            return
+        super().load_build()
+        if any(isinstance(value, earlier.TypeDispatch) for value in getattr(thing, "__dict__", {}).values()):
+            earlier.set_dispatch(thing)
 
     dispatch[pickle.BUILD[0]] = load_build
 
@@ -112,7 +118,9 @@ class LenientUnpickler(pickle._Unpickler):  # the one in Python, whose steps can
             if not (module == "__main__" and here == __package__):  # the trainer's __main__ was another program
                 return super().find_class(module, name)
         except (ImportError, AttributeError):
-            if module.partition(".")[0] in ("fastcore", "dill"):  # of an older fastai, or not installed: see why_not
+            if module.partition(".")[0] in earlier.PACKAGES:
+                return earlier.moved(module, name)
+            if module.partition(".")[0] == "dill":  # not installed: see why_not
                 raise
         return stand_in(f"{module}.{name}")
 
