@@ -22,6 +22,11 @@ class Found:
     installed: list = dataclasses.field(default_factory=list)  # (pickled bytecode, the installed module's function)
     missing: bool = False  # there are others
     python: str = ""  # the version that pickled them, by their files' names
+    named: set = dataclasses.field(default_factory=set)  # (module, name) of every class and function in the pickle
+
+    def is_earlier(self) -> bool:
+        """Whether a fastai before 2.8 pickled it: until then fastcore had the transforms."""
+        return any(module in ("fastcore.transform", "fastcore.dispatch") for module, _ in self.named)
 
     def same_bytecode(self) -> bool:
         """Whether the Python that pickled them has this one's bytecode: the longest function tells."""
@@ -105,6 +110,7 @@ class LenientUnpickler(pickle._Unpickler):  # the one in Python, whose steps can
     dispatch[pickle.BUILD[0]] = load_build
 
     def find_class(self, module: str, name: str):
+        self.found.named.add((module, name))
         if module.partition(".")[0] == "cloudpickle" and (function := self.cloudpickled(name)):
             return function
         if (module, name) == ("dill._dill", "_create_function"):
