@@ -144,7 +144,8 @@ def write_proven(
 ) -> tuple[Config, list[Path], list[str]]:
     """Write network, configuration and opener of `learner` into `folder`, and prove them.
 
-    Returns the configuration, the images of the proof, and what was proven, in lines. Where a `DynamicUnetDIY` does not come out equal, a program takes its place.
+    Returns the configuration, the images of the proof, and what was proven, in lines. Where a `DynamicUnetDIY` does not
+    come out equal, a program takes its place.
     """
     open_image = None
     if opener:
@@ -183,7 +184,7 @@ def proofs(
     pipeline: ImagePipeline,
     earlier: Prove | None,
 ) -> list[str]:
-    """Prove what lies in `folder` against `learner`, and that against its `earlier` fastai; what was proven, in lines."""
+    """Prove what lies in `folder` against `learner`, and it against its `earlier` fastai: what was proven, in lines."""
     lines = [prove(learner, model, config, folder, images, pipeline)]
     if earlier:
         lines.append(earlier(learner, model, images, pipeline.skip))

@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument(
         "--rescue",
         action="store_true",
-        help="for a learner of fastai 2.0 to 2.7: prove it against that fastai, which uv installs into a place of its own",
+        help="for a learner of fastai 2.0 to 2.7: prove it against that fastai too, which uv installs",
     )
     parser.add_argument("--runtime", default="eager", choices=tuple(PRECISIONS), help="default: %(default)s")
     choices = "; ".join(f"{runtime}: {', '.join(precisions)}" for runtime, precisions in PRECISIONS.items())

@@ -11,14 +11,10 @@ from pathlib import Path
 
 import torch
 
+from . import earlier
 from .unpickle import Found, Missing, lenient_pickle
 
-
 FASTAI_1 = ("fastai.basic_train", "fastai.basic_data", "fastai.data_block", "fastai.vision.image", "fastai.vision.data")
-EARLIER = (
-    "is from a fastai before 2.8: add --rescue, which opens it here and proves it against its own fastai and torch, "
-    "for which uv makes an environment (up to 3.2 GB to download on Linux, less than 0.5 GB where PyTorch's index answers)"
-)
 
 
 class ExportError(Exception):
@@ -41,7 +37,7 @@ def load_learner(path: Path | str):
     """
     learner, found = open_learner(path)
     if found.is_earlier():
-        raise ExportError(f"{path} {EARLIER}")
+        raise ExportError(f"{path} {earlier.refusal(found.named)}")
     return learner
 
 
@@ -86,8 +82,8 @@ def why_not(error: Exception, found: Found) -> str:
     reason = " ".join(f"{type(error).__name__}: {error}".split())
     if first := next((f"{module}.{name}" for module, name in sorted(found.named) if module in FASTAI_1), None):
         return (
-            f"is from fastai 1 (it names {first}), which shares no class with fastai 2: no fastai from 2.0 on opens it. "
-            "Train again, or load its weights into a learner of today's"
+            f"is from fastai 1 (it names {first}), whose learners no fastai from 2.0 on opens: make the same learner "
+            "with today's, and train it or load the weights of the old network into it"
         )
     if found.python and found.python != f"{sys.version_info.major}.{sys.version_info.minor}":
         return f"was pickled under Python {found.python} and cannot be loaded by {here}: use that Python ({reason})"

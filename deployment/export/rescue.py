@@ -5,7 +5,6 @@ makes an environment with the fastai and the torch of that time, where `earlier_
 predicts the proof's images.
 """
 
-import dataclasses
 import functools
 import importlib.metadata
 import subprocess
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from .earlier import Pair, likely_pairs
 from .earlier_answers import own_types
 from .learner import ExportError, open_learner
 from .predict import Steps, predict_file
@@ -29,28 +29,7 @@ BOUND, PIXELS = 1e-4, 1e-3
 CPU_INDEX = "https://download.pytorch.org/whl/cpu/torch/"
 
 
-@dataclasses.dataclass(frozen=True)
-class Pair:
-    """A fastai and the torch that it goes with, as PyPI would have installed them on a day."""
-
-    fastai: str
-    torch: str
-    torchvision: str
-    python: str  # the versions that there are wheels for
-    day: str  # what was uploaded later is not installed
-    gigabytes: float  # to download from PyPI on Linux, with NVIDIA's libraries where torch wants them
-
-
-PAIRS = [
-    Pair("2.7.19", "2.6.0", "0.21.0", ">=3.9,<3.13", "2025-03-20", 3.2),
-    Pair("2.6.3", "1.11.0", "0.12.0", ">=3.8,<3.11", "2022-06-01", 0.9),
-    Pair("2.2.7", "1.7.1", "0.8.2", ">=3.8,<3.9", "2021-03-10", 0.9),
-]
-
-
-def likely_pairs(found: Found) -> list[Pair]:
-    """`PAIRS`, from the one that opens what `found` says of a pickle to the oldest."""
-    return PAIRS if ("fastai.learner", "CastToTensor") in found.named else PAIRS[1:]  # every learner of 2.7 has one
+Prove = Callable[[object, torch.nn.Module, list[Path], int], str]  # what `load_rescued` returns second
 
 
 def load_rescued(path: Path | str) -> tuple:
@@ -138,7 +117,7 @@ def distance(theirs: torch.Tensor, ours: torch.Tensor) -> float:
 def ask(path: Path, found: Found, images: list[Path], skip: int) -> tuple[Pair, dict]:
     """What the learner in the file at `path` answers under the first of the likely pairs that opens it."""
     packages = own_packages(found)
-    for pair in likely_pairs(found):
+    for pair in likely_pairs(found.named):
         with tempfile.TemporaryDirectory(prefix="rescue-") as folder:
             start = time.monotonic()
             python, out = make_environment(pair, Path(folder, "env"), packages), Path(folder, "answers.pt")
@@ -170,17 +149,17 @@ def make_environment(pair: Pair, folder: Path, packages: list[str]) -> Path:
     Raises:
         ExportError: uv finds no Python, or cannot install them.
     """
-    with_python, size = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python"), pair.gigabytes
-    small = sys.platform != "linux" or reachable(CPU_INDEX)
-    amount = "less than 0.5 GB" if small else f"up to {size:g} GB"
-    print(f"making an environment with fastai {pair.fastai} and torch {pair.torch}, {amount} to download …", flush=True)
+    python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    for_cpu = sys.platform == "linux" and reachable(CPU_INDEX)
+    size = f" (up to {pair.gigabytes:g} GB to download)" if sys.platform == "linux" and not for_cpu else ""
+    print(f"making an environment with fastai {pair.fastai} and torch {pair.torch}{size}", flush=True)
     uv("venv", "--no-project", "--python", pair.python, folder, what=f"no Python {pair.python} is here or to be had")
-    install = ["pip", "install", "--python", with_python]
+    install = ["pip", "install", "--python", python]
     pins, what = [f"torch=={pair.torch}", f"torchvision=={pair.torchvision}"], f"fastai {pair.fastai} cannot be had"
-    if small and sys.platform == "linux":  # that index tells no dates
+    if for_cpu:  # that index tells no days
         uv(*install, "--no-deps", "--torch-backend", "cpu", *pins, what=what)
     uv(*install, "--exclude-newer", pair.day, *pins, f"fastai=={pair.fastai}", *packages, what=what)
-    return with_python
+    return python
 
 
 def reachable(address: str) -> bool:
@@ -202,6 +181,3 @@ def uv(*arguments, what: str) -> None:
 def last_line(text: str) -> str:
     """The last line of `text` that says something."""
     return ([line.strip() for line in text.splitlines() if line.strip()] or ["no reason given"])[-1][:300]
-
-
-Prove = Callable[[object, torch.nn.Module, list[Path], int], str]  # what `load_rescued` returns second

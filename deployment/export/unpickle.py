@@ -26,7 +26,7 @@ class Found:
 
     def is_earlier(self) -> bool:
         """Whether a fastai before 2.8 pickled it: until then fastcore had the transforms."""
-        return any(module in ("fastcore.transform", "fastcore.dispatch") for module, _ in self.named)
+        return any(module in earlier.GONE for module, _ in self.named)
 
     def same_bytecode(self) -> bool:
         """Whether the Python that pickled them has this one's bytecode: the longest function tells."""
