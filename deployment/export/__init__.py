@@ -22,6 +22,7 @@ from ..archive import BATCH_SIZES
 from ..config import Config, read_config
 from ..photos import load_opener, size_of
 from ..runtime import PRECISIONS, RuntimeUnavailable, check_runtime
+from .card import write_card
 from .convert import convert
 from .describe import as_program, describe_learner
 from .half import half_precision
@@ -29,9 +30,10 @@ from .learner import ExportError, load_learner, on_cpu
 from .onnx_file import write_onnx
 from .program import capture_network, free_sides
 from .prove import NetworkDiffers, find_images, prove, sample_images
+from .rescue import Prove, load_rescued
 from .transforms import ImagePipeline, read_pipeline
 
-__all__ = ["ExportError", "export_learner", "load_learner"]
+__all__ = ["ExportError", "export_learner", "load_learner", "load_rescued"]
 
 DEFAULT_SIZE = [96, 128]  # (height, width) of generated images for a learner that takes any size
 
@@ -59,8 +61,9 @@ def export_learner(
     max_drop: float = 0.5,
     decode: str = "exact",
     onnx: bool = False,
+    earlier: Prove | None = None,
 ) -> Path:
-    """Write the network and `model-config.yaml` of `learner` into `out_dir`, once they are proven; return `out_dir`.
+    """Write the network, `model-config.yaml` and `MODEL_CARD.md` of `learner` into `out_dir`, once they are proven.
 
     The network is `fastunet.pth`, the weights of a `DynamicUnetDIY`, or `fastunet.pt2`, a program. For the runtime
     `openvino` the converted model, `fastunet.xml` and `fastunet.bin`, is written too. The proof runs on the CPU,
@@ -76,6 +79,10 @@ def export_learner(
         calibrate, max_drop: as in `deployment.export.convert.convert`; fp16 and bf16 for a GPU need them too.
         decode: fast: decode large JPEGs at a fraction of their size, for the runtime `openvino`; see `convert`.
         onnx: write `fastunet.onnx` as well, see `deployment.export.onnx_file`.
+        earlier: for a learner of fastai before 2.8: the proof that `deployment.export.rescue.load_rescued` returned.
+
+    Returns:
+        `out_dir`.
 
     Raises:
         ExportError: the learner holds something that cannot be reproduced, the copy's answer differs, the runtime
@@ -90,12 +97,13 @@ def export_learner(
             folder = Path(scratch, "store")  # takes its place in `out_dir` once all is well
             folder.mkdir()
             with on_cpu(learner) as model:
-                config, images = write_proven(learner, model, folder, images, open)
+                config, images, proof = write_proven(learner, model, folder, images, open, earlier)
             try:
                 if onnx:
                     write_onnx(config, folder, images)
                 config = for_runtime(config, folder, runtime, precision, calibrate, max_drop, decode)
                 write_config(config, folder)
+                write_card(learner, config, folder, proof)
             except RuntimeUnavailable as error:
                 raise ExportError(str(error)) from error
             for path in folder.iterdir():
@@ -127,11 +135,17 @@ def for_runtime(
 
 
 def write_proven(
-    learner, model: torch.nn.Module, folder: Path, images: list[Path] | None, opener: Path | str | None
-) -> tuple[Config, list[Path]]:
-    """Write network, configuration and opener of `learner` into `folder`, and prove them; the images of the proof.
+    learner,
+    model: torch.nn.Module,
+    folder: Path,
+    images: list[Path] | None,
+    opener: Path | str | None,
+    earlier: Prove | None,
+) -> tuple[Config, list[Path], list[str]]:
+    """Write network, configuration and opener of `learner` into `folder`, and prove them.
 
-    Where a `DynamicUnetDIY` does not come out equal, a program takes its place.
+    Returns the configuration, the images of the proof, and what was proven, in lines. Where a `DynamicUnetDIY` does not
+    come out equal, a program takes its place.
     """
     open_image = None
     if opener:
@@ -151,16 +165,30 @@ def write_proven(
         torch.save(state, folder / config.model_file)
         write_config(config, folder)
         try:
-            prove(learner, model, config, folder, images, pipeline)
-            return config, images
+            return config, images, proofs(learner, model, config, folder, images, pipeline, earlier)
         except NetworkDiffers as error:
             print(f"not written as a DynamicUnetDIY, but as a program of torch.export: {error}")
             (folder / config.model_file).unlink()
             config = as_program(config, config.options.get("n_in", 3))
     config, images = write_program(model, config, folder, images, pipeline)
     write_config(config, folder)
-    prove(learner, model, read_config(folder), folder, images, pipeline)
-    return config, images
+    return config, images, proofs(learner, model, read_config(folder), folder, images, pipeline, earlier)
+
+
+def proofs(
+    learner,
+    model: torch.nn.Module,
+    config: Config,
+    folder: Path,
+    images: list[Path],
+    pipeline: ImagePipeline,
+    earlier: Prove | None,
+) -> list[str]:
+    """Prove what lies in `folder` against `learner`, and it against its `earlier` fastai: what was proven, in lines."""
+    lines = [prove(learner, model, config, folder, images, pipeline)]
+    if earlier:
+        lines.append(earlier(learner, model, images, pipeline.skip))
+    return lines
 
 
 def sample_file(folder: Path) -> Path:

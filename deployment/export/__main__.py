@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..config import read_config
 from ..runtime import PRECISIONS
-from . import ExportError, export_learner, load_learner
+from . import ExportError, export_learner, load_learner, load_rescued
 
 OWN_LEARNER = Path(__file__).resolve().parents[2] / "model_store" / "learner.pkl"  # that the notebooks write
 
@@ -27,6 +27,11 @@ def main() -> None:
     parser.add_argument(
         "--trust", action="store_true", help="you know where the file is from: loading it runs its code"
     )
+    parser.add_argument(
+        "--rescue",
+        action="store_true",
+        help="for a learner of fastai 2.0 to 2.7: prove it against that fastai too, which uv installs",
+    )
     parser.add_argument("--runtime", default="eager", choices=tuple(PRECISIONS), help="default: %(default)s")
     choices = "; ".join(f"{runtime}: {', '.join(precisions)}" for runtime, precisions in PRECISIONS.items())
     parser.add_argument("--precision", help=f"{choices} (default: the first; eager's others are for GPUs)")
@@ -43,8 +48,10 @@ def main() -> None:
             raise ExportError(
                 f"loading a learner runs the code in it: add --trust if you know where {args.learner} is from"
             )
-        options = {name: value for name, value in vars(args).items() if name not in ("learner", "out", "trust")}
-        out = export_learner(load_learner(args.learner), args.out, **options)
+        of_opening = ("learner", "out", "trust", "rescue")
+        options = {name: value for name, value in vars(args).items() if name not in of_opening}
+        learner, earlier = load_rescued(args.learner) if args.rescue else (load_learner(args.learner), None)
+        out = export_learner(learner, args.out, earlier=earlier, **options)
     except (ExportError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         if getattr(e, "hint", ""):
@@ -54,7 +61,12 @@ def main() -> None:
         reason = " ".join(f"{type(e).__name__}: {e}".split())
         print(f"error: {args.learner} cannot be exported ({reason})", file=sys.stderr)
         sys.exit(2)
-    files = [read_config(out).model_file, *(["fastunet.onnx"] if args.onnx else []), "model-config.yaml"]
+    files = [
+        read_config(out).model_file,
+        *(["fastunet.onnx"] if args.onnx else []),
+        "model-config.yaml",
+        "MODEL_CARD.md",
+    ]
     print("wrote " + ", ".join(str(out / file) for file in files))
 
 

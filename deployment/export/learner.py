@@ -1,5 +1,7 @@
 """Open a learner that fastai exported, also where the functions of its trainer are missing."""
 
+from __future__ import annotations  # an earlier fastai's environment runs this too, see rescue.py
+
 import contextlib
 import importlib
 import sys
@@ -9,7 +11,10 @@ from pathlib import Path
 
 import torch
 
+from . import earlier
 from .unpickle import Found, Missing, lenient_pickle
+
+FASTAI_1 = ("fastai.basic_train", "fastai.basic_data", "fastai.data_block", "fastai.vision.image", "fastai.vision.data")
 
 
 class ExportError(Exception):
@@ -28,8 +33,16 @@ def load_learner(path: Path | str):
     pickled in the file: load only files you trust.
 
     Raises:
-        ExportError: the file is missing or holds no learner.
+        ExportError: the file is missing, holds no learner, or one of fastai before 2.8: see `rescue.load_rescued`.
     """
+    learner, found = open_learner(path)
+    if found.is_earlier():
+        raise ExportError(f"{path} {earlier.refusal(found.named)}")
+    return learner
+
+
+def open_learner(path: Path | str) -> tuple:
+    """As `load_learner`, of fastai 2.0 to 2.7 too; returns the learner and what its file told, a `Found`."""
     from fastai import learner as fastai_learner
 
     path = Path(path)
@@ -58,7 +71,7 @@ def load_learner(path: Path | str):
     learner, found = load(own_code=False)
     if found.missing and found.same_bytecode():  # the code of the trainer's functions is in the file, and runs here
         learner, _ = load(own_code=True)
-    return learner
+    return learner, found
 
 
 def why_not(error: Exception, found: Found) -> str:
@@ -67,10 +80,10 @@ def why_not(error: Exception, found: Found) -> str:
 
     here = f"Python {sys.version_info.major}.{sys.version_info.minor}, fastai {fastai.__version__}"
     reason = " ".join(f"{type(error).__name__}: {error}".split())
-    if "fastcore.transform" in reason or "fastcore.dispatch" in reason:
+    if first := next((f"{module}.{name}" for module, name in sorted(found.named) if module in FASTAI_1), None):
         return (
-            "is from a fastai older than 2.8, which this one cannot open: where `pip install 'fastai<2.8'` is, call "
-            "load_learner(FILE).save('weights'); here, make the same learner, learn.load('weights'), learn.export()"
+            f"is from fastai 1 (it names {first}), whose learners no fastai from 2.0 on opens: make the same learner "
+            "with today's, and train it or load the weights of the old network into it"
         )
     if found.python and found.python != f"{sys.version_info.major}.{sys.version_info.minor}":
         return f"was pickled under Python {found.python} and cannot be loaded by {here}: use that Python ({reason})"

@@ -1,5 +1,7 @@
 """What `learn.predict(FILE)` does, step by step."""
 
+from __future__ import annotations  # an earlier fastai's environment runs this too, see rescue.py
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -77,10 +77,11 @@ def sample_images(folder: Path | str, size: list[int], large: bool) -> list[Path
 
 def prove(
     learner, model: torch.nn.Module, config: Config, folder: Path | str, images: list[Path], pipeline: ImagePipeline
-) -> None:
+) -> str:
     """Predict `images` with `learner`, whose network is `model`, and with what is served from `folder`.
 
-    The answers are compared, of each file alone; then the logits of several images in one batch.
+    The answers are compared, of each file alone; then the logits of several images in one batch. Returns what was
+    proven, in one line, which is also printed.
 
     Raises:
         ExportError: a value differs anywhere; the message names the image and the step where the difference begins.
@@ -101,7 +102,9 @@ def prove(
         compare_batch(pairs[:BATCH] * (BATCH if len(pairs) == 1 else 1), model, served)
     sizes = f" of {len(batches)} sizes" if len(batches) > 1 else ""
     names = ", ".join(path.name for path in images[:3]) + (", …" if len(images) > 3 else "")
-    print(f"proven on {len(images)} images{sizes} ({names}): from file to answer as learn.predict, bit for bit")
+    text = f"proven on {len(images)} images{sizes} ({names}): from file to answer as learn.predict, bit for bit"
+    print(text)
+    return text
 
 
 def compare_pixels(

@@ -1,5 +1,7 @@
 """Unpickle what another program, and another Python, pickled: what is missing here is replaced by inert stand-ins."""
 
+from __future__ import annotations  # an earlier fastai's environment runs this too, see rescue.py
+
 import builtins
 import dataclasses
 import functools
@@ -10,6 +12,8 @@ import sys
 import types
 import typing
 
+from . import earlier
+
 
 @dataclasses.dataclass
 class Found:
@@ -18,6 +22,11 @@ class Found:
     installed: list = dataclasses.field(default_factory=list)  # (pickled bytecode, the installed module's function)
     missing: bool = False  # there are others
     python: str = ""  # the version that pickled them, by their files' names
+    named: set = dataclasses.field(default_factory=set)  # (module, name) of every class and function in the pickle
+
+    def is_earlier(self) -> bool:
+        """Whether a fastai before 2.8 pickled it: until then fastcore had the transforms."""
+        return any(module in earlier.GONE for module, _ in self.named)
 
     def same_bytecode(self) -> bool:
         """Whether the Python that pickled them has this one's bytecode: the longest function tells."""
@@ -93,12 +102,15 @@ class LenientUnpickler(pickle._Unpickler):  # the one in Python, whose steps can
             self.stack.pop()
             for name, value in (state[1] if isinstance(state, tuple) else state).items():
                 setattr(thing, name, value)
-        else:
-            super().load_build()
+            return
+        super().load_build()
+        if any(isinstance(value, earlier.TypeDispatch) for value in getattr(thing, "__dict__", {}).values()):
+            earlier.set_dispatch(thing)
 
     dispatch[pickle.BUILD[0]] = load_build
 
     def find_class(self, module: str, name: str):
+        self.found.named.add((module, name))
         if module.partition(".")[0] == "cloudpickle" and (function := self.cloudpickled(name)):
             return function
         if (module, name) == ("dill._dill", "_create_function"):
@@ -112,7 +124,9 @@ class LenientUnpickler(pickle._Unpickler):  # the one in Python, whose steps can
             if not (module == "__main__" and here == __package__):  # the trainer's __main__ was another program
                 return super().find_class(module, name)
         except (ImportError, AttributeError):
-            if module.partition(".")[0] in ("fastcore", "dill"):  # of an older fastai, or not installed: see why_not
+            if module.partition(".")[0] in earlier.PACKAGES:
+                return earlier.moved(module, name)
+            if module.partition(".")[0] == "dill":  # not installed: see why_not
                 raise
         return stand_in(f"{module}.{name}")
 

@@ -1,0 +1,183 @@
+"""Rescue a learner of fastai 2.0 to 2.7: it is opened here, and proven against what it answers under its own fastai.
+
+What such a fastai pickled is read as today's (`earlier.py`). That this changes no answer is not taken for granted: uv
+makes an environment with the fastai and the torch of that time, where `earlier_answers.py` opens the same file and
+predicts the proof's images.
+"""
+
+import functools
+import importlib.metadata
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .earlier import Pair, likely_pairs
+from .earlier_answers import own_types
+from .learner import ExportError, open_learner
+from .predict import Steps, predict_file
+from .unpickle import Found
+
+# What another version of torch may make of the same numbers: a share of the largest of them, and of a mask's pixels.
+BOUND, PIXELS = 1e-4, 1e-3
+CPU_INDEX = "https://download.pytorch.org/whl/cpu/torch/"
+
+
+Prove = Callable[[object, torch.nn.Module, list[Path], int], str]  # what `load_rescued` returns second
+
+
+def load_rescued(path: Path | str) -> tuple:
+    """The learner in the file at `path`, and what proves it; that is None for a learner of today's fastai.
+
+    Raises:
+        ExportError: the file holds no learner, or one of fastai 1.
+    """
+    learner, found = open_learner(path)
+    return learner, functools.partial(prove_earlier, Path(path), found) if found.is_earlier() else None
+
+
+def prove_earlier(path: Path, found: Found, learner, model: torch.nn.Module, images: list[Path], skip: int) -> str:
+    """Compare what `learner`, opened here with its network `model`, predicts with what its own fastai does.
+
+    Args:
+        path: the file of the learner.
+        found: what opening it told.
+        images: the proof's.
+        skip: as for `predict_file`.
+
+    Returns:
+        What was proven, in one line, which is also printed.
+
+    Raises:
+        ExportError: no environment could be made, none opens the learner, or the answers differ.
+    """
+    pair, answers = ask(path, found, images, skip)
+    apart, pixels = 0.0, 0.0
+    for image in images:
+        ours, theirs = predict_file(learner, model, image, skip), Steps(None, **answers[image.name])
+        differences = compare(image.name, theirs, ours, pair)
+        apart, pixels = max(apart, differences[0]), max(pixels, differences[1])
+    there = f"proven on {len(images)} images against fastai {pair.fastai} with torch {pair.torch}: "
+    if apart == 0:
+        text = there + "the same from file to answer, bit for bit"
+    else:
+        text = there + f"the network's values are within {apart:.1g} of the largest one ({BOUND:g} is allowed)"
+        text += f", {pixels:.2%} of a mask's pixels differ" if pixels else ", the same answers"
+    print(text)
+    return text
+
+
+def compare(name: str, theirs: Steps, ours: Steps, pair: Pair) -> tuple[float, float]:
+    """How far the logits of an image are apart, of the largest one, and the share of decisions that differ.
+
+    Raises:
+        ExportError: more than other versions of torch explain.
+    """
+    where = f"{name}: under fastai {pair.fastai} with torch {pair.torch}"
+    if not torch.equal(torch.as_tensor(theirs.item), torch.as_tensor(own_types(ours.item))):
+        raise ExportError(f"{where} the image after the item transforms is another one")
+    if distance(theirs.x, ours.x) > BOUND:
+        raise ExportError(f"{where} the image after the batch transforms is another one")
+    apart = max(distance(theirs.logits, ours.logits), distance(theirs.values, ours.values))
+    if not apart <= BOUND:
+        raise ExportError(
+            f"{where} the network's values differ by {apart:.2g} of the largest one, {BOUND:g} is allowed"
+        )
+    decided = ours.decided
+    if decided.is_floating_point():
+        different, allowed = float(distance(theirs.decided, decided) > BOUND), 0.0
+    else:
+        different, allowed = (theirs.decided != decided).float().mean().item(), PIXELS if decided.ndim > 2 else 0.0
+    names = own_types(ours.decoded)
+    other_names = not isinstance(names, torch.Tensor) and is_name(names) and names != theirs.decoded
+    if different > allowed or other_names:
+        raise ExportError(f"{where} the answer is another one, {str(theirs.decoded)[:60]}")
+    return apart, different
+
+
+def is_name(decoded) -> bool:
+    """Whether `decoded` is a class's name, or a list of such."""
+    return isinstance(decoded, str) or isinstance(decoded, list) and all(isinstance(one, str) for one in decoded)
+
+
+def distance(theirs: torch.Tensor, ours: torch.Tensor) -> float:
+    """The largest difference of two tensors, as a share of the largest value; infinite for another shape."""
+    if theirs.shape != ours.shape:
+        return float("inf")
+    largest = ours.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    return ((theirs - ours).abs().max() / largest).item()
+
+
+def ask(path: Path, found: Found, images: list[Path], skip: int) -> tuple[Pair, dict]:
+    """What the learner in the file at `path` answers under the first of the likely pairs that opens it."""
+    packages = own_packages(found)
+    for pair in likely_pairs(found.named):
+        with tempfile.TemporaryDirectory(prefix="rescue-") as folder:
+            start = time.monotonic()
+            python, out = make_environment(pair, Path(folder, "env"), packages), Path(folder, "answers.pt")
+            print(f"that took {time.monotonic() - start:.0f} s")
+            script = Path(__file__).with_name("earlier_answers.py")
+            command = [python, script, path.absolute(), out, str(skip), *(image.absolute() for image in images)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode == 0:
+                return pair, torch.load(out, weights_only=True)
+            reason = last_line(done.stderr)
+            print(f"fastai {pair.fastai} with torch {pair.torch} does not answer: {reason}")
+    raise ExportError(f"{path} opens here, but under no earlier fastai, so that nothing proves its answers: {reason}")
+
+
+def own_packages(found: Found) -> list[str]:
+    """The packages beside fastai's own that the learner's classes are from, as they are called where they are here."""
+    brought = {"fastai", "fastcore", "fasttransform", "plum-dispatch", "torch", "torchvision", "numpy", "pillow"}
+    tops = {module.partition(".")[0] for module, _ in found.named}
+    distributions = importlib.metadata.packages_distributions()
+    return sorted({name for top in tops for name in distributions.get(top, []) if name.lower() not in brought})
+
+
+def make_environment(pair: Pair, folder: Path, packages: list[str]) -> Path:
+    """Make an environment with `pair` and `packages` of its day in `folder`; return its Python.
+
+    PyPI's build of PyTorch for Linux brings NVIDIA's libraries along: that for CPUs is taken where PyTorch's own index
+    answers.
+
+    Raises:
+        ExportError: uv finds no Python, or cannot install them.
+    """
+    python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    for_cpu = sys.platform == "linux" and reachable(CPU_INDEX)
+    size = f" (up to {pair.gigabytes:g} GB to download)" if sys.platform == "linux" and not for_cpu else ""
+    print(f"making an environment with fastai {pair.fastai} and torch {pair.torch}{size}", flush=True)
+    uv("venv", "--no-project", "--python", pair.python, folder, what=f"no Python {pair.python} is here or to be had")
+    install = ["pip", "install", "--python", python]
+    pins, what = [f"torch=={pair.torch}", f"torchvision=={pair.torchvision}"], f"fastai {pair.fastai} cannot be had"
+    if for_cpu:  # that index tells no days
+        uv(*install, "--no-deps", "--torch-backend", "cpu", *pins, what=what)
+    uv(*install, "--exclude-newer", pair.day, *pins, f"fastai=={pair.fastai}", *packages, what=what)
+    return python
+
+
+def reachable(address: str) -> bool:
+    """Whether the page at `address` comes within five seconds."""
+    try:
+        with urllib.request.urlopen(address, timeout=5):
+            return True
+    except (urllib.error.URLError, TimeoutError):
+        return False
+
+
+def uv(*arguments, what: str) -> None:
+    """Run uv; raises ExportError with `what` and the end of what uv says where it fails."""
+    done = subprocess.run([sys.executable, "-m", "uv", *arguments, "--quiet"], capture_output=True, text=True)
+    if done.returncode:
+        raise ExportError(f"{what}: {last_line(done.stderr)}")
+
+
+def last_line(text: str) -> str:
+    """The last line of `text` that says something."""
+    return ([line.strip() for line in text.splitlines() if line.strip()] or ["no reason given"])[-1][:300]
