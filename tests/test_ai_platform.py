@@ -258,20 +258,15 @@ def test_batch_of_a_bucket(service, next_version, tmp_path, capsys, monkeypatch,
     bucket, folder = storage.Client().bucket("local-bucket"), f"images-{keeps_addresses}"
     sent = {f"{folder}/street {i}/{i}.png": encoded(draw_photo(i)) for i in range(5)}
     sent |= {f"{folder}/again.png": sent[f"{folder}/street 0/0.png"], f"{folder}/broken.jpg": b"no image"}
-    beside = {
-        f"{folder}-old/0.png": b"",
-        f"{folder}/out/prediction/mask.png": b"",
-        f"{folder}/huge.tif": bytes(16 << 20),
-    }
+    huge, large = f"{folder}/huge.tif", "larger than the container takes (20 MB as base64)"
+    beside = {f"{folder}-old/0.png": b"", f"{folder}/out/prediction/mask.png": b"", huge: bytes(16 << 20)}
     for name, data in (sent | beside).items():
         bucket.blob(name).upload_from_string(data)
     command = ["batch", f"gs://local-bucket/{folder}", "--name=bucket", f"--to=gs://local-bucket/{folder}/out"]
     with pytest.raises(SystemExit, match="2 of 8 photo"):
         main([*command, "--format=png", f"--out={tmp_path}"])
     printed = capsys.readouterr().out
-    assert (
-        f"left out, larger than the container takes (20 MB as base64): gs://local-bucket/{folder}/huge.tif" in printed
-    )
+    assert f"left out, {large}: gs://local-bucket/{huge}" in printed
     rows = {row["file"]: row for row in map(json.loads, re.findall(r"^\{.*$", printed, re.M))}
     assert rows.keys() == {f"gs://local-bucket/{name}" for name in [*sent, huge]}
     assert "not an image" in rows[f"gs://local-bucket/{folder}/broken.jpg"]["error"]
@@ -303,11 +298,13 @@ def test_requests_of_a_bucket_hold_what_the_container_takes(service):
     for i in range(3):
         bucket.blob(f"large/{i}.jpg").upload_from_string(large)
     blobs = jobs.objects(["gs://local-bucket/large"], client)
-    inputs = jobs.send_list(blobs, "gs://local-bucket/list.txt", client, measured=True)
+    inputs = jobs.send_list(blobs, "gs://local-bucket/list.txt", client, 50_000_000)
     assert {pixels for _, pixels in inputs.sizes} == {12_000_000} and len(inputs.sizes) == 3
     assert all(size >= len(base64.b64encode(large)) for size, _ in inputs.sizes)
     assert jobs.lines_per_request(inputs.sizes * 10) == 4
-    assert jobs.send_list(blobs, "gs://local-bucket/list.txt", client, measured=False).sizes == []
+    assert jobs.send_list(blobs, "gs://local-bucket/list.txt", client, None).sizes == []
+    too_many = jobs.send_list(blobs, "gs://local-bucket/list.txt", client, 10_000_000)
+    assert {pixels for _, pixels in too_many.sizes} == {0}  # each is refused by its header, alone
     with pytest.raises(FileNotFoundError, match="no bucket gs://none"):
         jobs.objects(["gs://none/images"], client)
 

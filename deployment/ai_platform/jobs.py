@@ -89,7 +89,7 @@ def batch(
     model = aiplatform.Model(name, version=version)
     gpu, carrier = ACCELERATORS[accelerator]
     check_gpu(model, gpu)
-    inputs = gather(source, destination, measured=batch_size is None)
+    inputs = gather(source, destination, None if batch_size else max_pixels)
     machines = {"machine_type": machine or carrier, "accelerator_type": gpu, "accelerator_count": 1 if gpu else None}
     machines |= {"starting_replica_count": replicas, "max_replica_count": replicas}  # the latter is not looked at
     job = aiplatform.BatchPredictionJob.submit(
@@ -109,10 +109,10 @@ def batch(
     return wait_for(job, model.version_id)
 
 
-def gather(source: Sequence[Path | str], destination: str, measured: bool) -> Inputs:
+def gather(source: Sequence[Path | str], destination: str, max_pixels: int | None) -> Inputs:
     """What a job has to read for `source`; image files, or the list of images in a bucket, are sent first.
 
-    What lies in Cloud Storage is read for its size only where it is to be `measured`.
+    What lies in Cloud Storage is read for its size, unless `max_pixels`, of one request, is None.
     """
     client, stem = storage_client(), f"{destination.rstrip('/')}/input-{time.strftime('%Y%m%d-%H%M%S')}"
     remote = [str(s) for s in source if str(s).startswith("gs://")]
@@ -120,10 +120,10 @@ def gather(source: Sequence[Path | str], destination: str, measured: bool) -> In
     if folders and len(folders) < len(source):
         raise ValueError("a job reads either gs:// folders of images, or files and gs:// files of lines: make two jobs")
     if folders:
-        return send_list(objects(folders, client, destination), f"{stem}.txt", client, measured)
+        return send_list(objects(folders, client, destination), f"{stem}.txt", client, max_pixels)
     files = [Path(s) for s in source if str(s) not in remote]
     check_sizes(files)
-    sizes = [size for uri in remote for size in measure(uri, client)] if measured else []
+    sizes = [size for uri in remote for size in measure(uri, client)] if max_pixels else []
     if files:
         sizes += send(files, f"{stem}.jsonl", client)
         remote.append(f"{stem}.jsonl")
@@ -156,10 +156,14 @@ def address(blob: "storage.Blob") -> str:
     return f"gs://{blob.bucket.name}/{blob.name}"
 
 
-def send_list(blobs: "list[storage.Blob]", uri: str, client: "storage.Client", measured: bool) -> Inputs:
+def send_list(blobs: "list[storage.Blob]", uri: str, client: "storage.Client", max_pixels: int | None) -> Inputs:
     """Writes the addresses of `blobs` to `uri`, but for those that no request can hold, which are named.
 
-    Where they are to be `measured`, those whose headers are not read count as many pixels as the largest that was.
+    Unless `max_pixels`, of one request, is None, headers are read, and each image counts as many pixels as the largest
+    that a request can hold.
+
+    Raises:
+        ValueError: there is none.
     """
     small = []
     for blob in blobs:
@@ -167,15 +171,17 @@ def send_list(blobs: "list[storage.Blob]", uri: str, client: "storage.Client", m
             print(f"left out, {TOO_LARGE}: {address(blob)}")
         else:
             small.append(blob)
+    if not small:
+        raise ValueError("there is no photo")
     with progress(f"listing {len(small)} image(s) in {uri}"), open_blob(uri, client, "wb") as lines:
         for blob in small:
             lines.write(f"{address(blob)}\n".encode())
-    if not measured:
+    if max_pixels is None:
         return Inputs([uri], [], "file-list")
     looked_at = sorted(small, key=lambda blob: -blob.size)[:LOOKED_AT]
     with progress(f"reading the headers of {len(looked_at)} image(s), for the size of a request"):
         with ThreadPoolExecutor(16) as threads:
-            most = max(threads.map(header_pixels, looked_at), default=0)
+            most = max((n for n in threads.map(header_pixels, looked_at) if n <= max_pixels), default=0)
     return Inputs([uri], [(4 * (blob.size + 2) // 3 + 100, most) for blob in small], "file-list")
 
 
