@@ -1,5 +1,6 @@
 """The Vertex AI client, through the unmodified SDK, against the stand-in and the real server behind it."""
 
+import base64
 import inspect
 import json
 import logging
@@ -25,6 +26,7 @@ from deployment.ai_platform.__main__ import main
 from deployment.ai_platform.advice import remedy
 from deployment.ai_platform.client import known_endpoints
 from deployment.archive import fetch
+from deployment.handler import Handler
 from deployment.runtime import cores
 from deployment.server.torchserve import workers_and_threads
 from tests import cloud_check
@@ -245,6 +247,66 @@ def test_batch_of_large_photos(service, reference, tmp_path, capsys):
     for command in stays:
         parsed(command)  # gcloud knows it
     assert len(ai_platform.delete("batch")) == 6 and "CancelBatchPredictionJob" in service.calls
+
+
+@pytest.mark.parametrize("keeps_addresses", [True, False], ids=["addresses", "contents"])
+def test_batch_of_a_bucket(service, next_version, tmp_path, capsys, monkeypatch, keeps_addresses):
+    """Images are read where they are, and the rows, in any order, get their names back, whatever the service keeps."""
+    monkeypatch.setenv("SERVER", "uvicorn")
+    monkeypatch.setattr(service, "keeps_addresses", keeps_addresses)
+    ai_platform.upload(f"{IMAGE}:2", name="bucket")
+    bucket, folder = storage.Client().bucket("local-bucket"), f"images-{keeps_addresses}"
+    sent = {f"{folder}/street {i}/{i}.png": encoded(draw_photo(i)) for i in range(5)}
+    sent |= {f"{folder}/again.png": sent[f"{folder}/street 0/0.png"], f"{folder}/broken.jpg": b"no image"}
+    huge, large = f"{folder}/huge.tif", "larger than the container takes (20 MB as base64)"
+    beside = {f"{folder}-old/0.png": b"", f"{folder}/out/prediction/mask.png": b"", huge: bytes(16 << 20)}
+    for name, data in (sent | beside).items():
+        bucket.blob(name).upload_from_string(data)
+    command = ["batch", f"gs://local-bucket/{folder}", "--name=bucket", f"--to=gs://local-bucket/{folder}/out"]
+    with pytest.raises(SystemExit, match="2 of 8 photo"):
+        main([*command, "--format=png", f"--out={tmp_path}"])
+    printed = capsys.readouterr().out
+    assert f"left out, {large}: gs://local-bucket/{huge}" in printed
+    rows = {row["file"]: row for row in map(json.loads, re.findall(r"^\{.*$", printed, re.M))}
+    assert rows.keys() == {f"gs://local-bucket/{name}" for name in [*sent, huge]}
+    assert "not an image" in rows[f"gs://local-bucket/{folder}/broken.jpg"]["error"]
+    assert rows[f"gs://local-bucket/{huge}"]["error"] == f"no answer: {large}"
+    handler = Handler()
+    handler.load(next_version, threads=cores())
+    for name in sent:
+        if "broken" not in name:
+            job = handler.preprocess({"body": sent[name]}, "image/png")
+            handler.inference(job.items)
+            written = Path(rows[f"gs://local-bucket/{name}"]["written"]).read_bytes()
+            assert written == handler.postprocess(job).body
+    [job] = service.jobs.values()
+    assert job.input_config.instances_format == "file-list"
+    [listed] = job.input_config.gcs_source.uris
+    lines = storage.Blob.from_uri(listed, storage.Client()).download_as_text().splitlines()
+    assert sorted(lines) == sorted(f"gs://local-bucket/{name}" for name in sent)
+    assert job.manual_batch_tuning_parameters.batch_size == 64
+    with pytest.raises(ValueError, match="make two jobs"):
+        ai_platform.batch([f"gs://local-bucket/{folder}", "a.png"], "gs://local-bucket/out", "bucket")
+    with pytest.raises(ValueError, match="no photo"):
+        ai_platform.batch(["gs://local-bucket/none"], "gs://local-bucket/out", "bucket")
+
+
+def test_requests_of_a_bucket_hold_what_the_container_takes(service):
+    """By the sizes of the objects, and by the pixels of the largest ones, whose headers alone are read."""
+    bucket, client = storage.Client().bucket("local-bucket"), storage.Client()
+    large = encoded(Image.new("RGB", (4000, 3000)), "JPEG") + bytes(2_000_000)  # 12 megapixels
+    for i in range(3):
+        bucket.blob(f"large/{i}.jpg").upload_from_string(large)
+    blobs = jobs.objects(["gs://local-bucket/large"], client)
+    inputs = jobs.send_list(blobs, "gs://local-bucket/list.txt", client, 50_000_000)
+    assert {pixels for _, pixels in inputs.sizes} == {12_000_000} and len(inputs.sizes) == 3
+    assert all(size >= len(base64.b64encode(large)) for size, _ in inputs.sizes)
+    assert jobs.lines_per_request(inputs.sizes * 10) == 4
+    assert jobs.send_list(blobs, "gs://local-bucket/list.txt", client, None).sizes == []
+    too_many = jobs.send_list(blobs, "gs://local-bucket/list.txt", client, 10_000_000)
+    assert {pixels for _, pixels in too_many.sizes} == {0}  # each is refused by its header, alone
+    with pytest.raises(FileNotFoundError, match="no bucket gs://none"):
+        jobs.objects(["gs://none/images"], client)
 
 
 def test_the_cloud_check_passes_and_names_no_project(service, monkeypatch):

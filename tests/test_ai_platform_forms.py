@@ -19,8 +19,7 @@ from google.longrunning import operations_pb2
 from google.protobuf import json_format
 
 from deployment import ai_platform
-from deployment.ai_platform import jobs, online
-from deployment.ai_platform.__main__ import named_rows
+from deployment.ai_platform import jobs, online, results
 from deployment.ai_platform.advice import remedy
 from deployment.ai_platform.client import known_endpoints
 
@@ -50,7 +49,7 @@ def endpoint(monkeypatch) -> types.Endpoint:
 
 @pytest.mark.parametrize("sample", SEEN["error_lines"], ids=lambda sample: str(sample["code"]))
 def test_lines_of_failed_requests(sample):
-    row = jobs.read_row(sample["line"])
+    row = results.read_row(sample["line"])
     assert sample["message"] in ai_platform.error_in(row) and row["error"]["code"] == sample["code"]
 
 
@@ -69,14 +68,14 @@ def test_results_and_errors_are_read_by_both_names_that_google_gives(names, monk
         return SimpleNamespace(name=f"out/job/{name}", open=lambda mode: io.BytesIO(f"{text}\n\n".encode()))
 
     client = SimpleNamespace(list_blobs=lambda bucket, prefix: map(blob, (*names, "input.jsonl")))
-    monkeypatch.setattr(jobs, "storage_client", lambda: client)
+    monkeypatch.setattr(results, "storage_client", lambda: client)
     good, bad = ai_platform.batch_results("gs://bucket/out/job")
     assert good["prediction"] == {"label": "cat"} and "504" in ai_platform.error_in(bad)
 
 
 def test_photos_of_a_failed_request_are_named(capsys):
-    rows = [{"instance": {"name": "b.png"}, "prediction": {}}, jobs.read_row(SEEN["error_lines"][0]["line"])]
-    named = dict(named_rows(rows, ["a.png", "b.png", "c.png"]))
+    rows = [{"instance": {"name": "b.png"}, "prediction": {}}, results.read_row(SEEN["error_lines"][0]["line"])]
+    named = dict(ai_platform.named(rows, ["a.png", "b.png", "c.png"]))
     assert list(named) == ["b.png", "a.png", "c.png"]  # the service keeps no order
     assert ai_platform.error_in(named["a.png"]) == "no answer: its request failed"
     assert "Non-OK result 504" in capsys.readouterr().out

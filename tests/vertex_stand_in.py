@@ -26,6 +26,7 @@ What is not
 """
 
 import atexit
+import base64
 import contextlib
 import copy
 import functools
@@ -157,6 +158,7 @@ class VertexAI:
     refused: dict[str, exceptions.GoogleAPICallError] = field(default_factory=dict)  # by the name of the RPC
     calls: list[str] = field(default_factory=list)  # the names of the RPCs, in order
     quota_projects: set[str] = field(default_factory=set)  # that callers named
+    keeps_addresses: bool = True  # as instances of a file-list's rows: what the service has there, no source says
     answering: threading.Event = field(default_factory=threading.Event)  # not set: calls hang
     models: dict[str, dict[str, types.Model]] = field(default_factory=dict)  # name: {version: model}
     endpoints: dict[str, types.Endpoint] = field(default_factory=dict)
@@ -509,8 +511,9 @@ class VertexAI:
         resources = job.dedicated_resources
         check(resources.starting_replica_count <= (resources.max_replica_count or 10),
               "starting_replica_count must not be greater than max_replica_count.")  # fmt: skip
-        check(job.input_config.instances_format == job.output_config.predictions_format == "jsonl",
-              "This stand-in reads and writes jsonl only.")  # fmt: skip
+        check(job.input_config.instances_format in ("jsonl", "file-list")
+              and job.output_config.predictions_format == "jsonl",
+              "This stand-in reads jsonl and file-list, and writes jsonl, only.")  # fmt: skip
         check(source and all(uri.startswith("gs://") for uri in [*source, destination]),
               "The source and the destination must be gs://…")  # fmt: skip
         check_machine(resources.machine_spec)
@@ -533,7 +536,10 @@ class VertexAI:
             job.state, job.start_time = types.JobState.JOB_STATE_RUNNING, time_now()
             client = storage.Client(project=PROJECT)
             text = "\n".join(storage.Blob.from_uri(uri, client).download_as_text() for uri in source)
-            instances = [json.loads(line) for line in text.splitlines() if line.strip()]
+            lines = [line for line in text.splitlines() if line.strip()]
+            is_list = job.input_config.instances_format == "file-list"
+            instances = [as_instance(line, client) if is_list else json.loads(line) for line in lines]
+            kept = lines if is_list and self.keeps_addresses else instances
             if stopped(job):
                 return
             container = self._start(model, id)
@@ -547,7 +553,7 @@ class VertexAI:
                 for _ in range(1 + RETRIES):
                     answer = container.ask(route, body, "application/json", 600)
                     if answer.status_code == 200:
-                        rows = zip(batch, answer.json()["predictions"], strict=True)
+                        rows = zip(kept[i : i + size], answer.json()["predictions"], strict=True)
                         results += [{"instance": a, "prediction": p} for a, p in rows]
                         break
                 else:  # a Python tuple without the instances, as the service writes it
@@ -677,6 +683,12 @@ def stopped(job: types.BatchPredictionJob) -> bool:
         return False
     job.state = types.JobState.JOB_STATE_CANCELLED
     return True
+
+
+def as_instance(address: str, client: storage.Client) -> dict:
+    """What the service makes of one line of a file-list: the content of the object at `address`."""
+    data = storage.Blob.from_uri(address.strip(), client).download_as_bytes()
+    return {"b64": base64.b64encode(data).decode()}
 
 
 def check_answer(size: int, kind: str) -> None:

@@ -14,8 +14,9 @@ knows for the usual ones what helps.
 from .cleanup import delete, left_over
 from .client import connect, find_endpoint, find_endpoints, get_endpoint, get_model, overview, traffic, upload
 from .deployments import deploy
-from .jobs import batch, batch_results, error_in
+from .jobs import batch
 from .online import mask, predict, predict_raw, request_body
+from .results import batch_results, error_in, named
 
 __all__ = [
     "batch",
@@ -30,6 +31,7 @@ __all__ = [
     "get_model",
     "left_over",
     "mask",
+    "named",
     "overview",
     "predict",
     "predict_raw",

@@ -17,6 +17,7 @@ from . import (
     deploy,
     error_in,
     left_over,
+    named,
     overview,
     predict,
     predict_raw,
@@ -105,7 +106,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds to wait for an answer")
 
     p = command("batch", "predict many images by a job, from and to Cloud Storage", machines, made, answers)
-    p.add_argument("source", nargs="+", help='image files, or gs:// files of {"b64": …} lines')
+    p.add_argument(
+        "source", nargs="+", help='image files, gs:// folders of images, or gs://….jsonl files of {"b64": …} lines'
+    )
     p.add_argument("--to", required=True, metavar="gs://BUCKET/FOLDER", help="where the results go")
     p.add_argument("--replicas", type=int, default=1, help="machines, from start to end: jobs do not autoscale")
     p.add_argument("--batch-size", type=int, help="photos in one request (default: as many as the server takes)")
@@ -139,10 +142,10 @@ def run(args: argparse.Namespace) -> None:
             rows = ({"prediction": answer} for answer in ask(images, **options))
             report(zip(map(str, images), rows, strict=True), out)
         case "batch":
-            out, folder = options.pop("out"), batch(destination=options.pop("to"), **options)
+            out, destination = options.pop("out"), options.pop("to")
+            folder = batch(destination=destination, **options)
             print(folder)
-            files = [source for source in args.source if not source.startswith("gs://")]
-            report(named_rows(batch_results(folder), files), out)
+            report(named(batch_results(folder), args.source, destination), out)
         case "traffic":
             shares = dict(share.split("=") for share in options.pop("shares"))
             traffic({version: int(percent) for version, percent in shares.items()}, **options)
@@ -173,24 +176,6 @@ def ask_raw(images: Sequence[Path], **options: Any) -> Iterator[dict]:
             kind = "png" if options["format"] == "png" else "jpeg"
             answer = {kind: base64.b64encode(answer).decode()}
         yield answer
-
-
-def named_rows(rows: Iterable[dict], files: Sequence[str]) -> Iterator[tuple[str, dict]]:
-    """The rows of a job with the name of each, and a row for each of `files` that has none.
-
-    Of a request that failed as a whole the service may keep nothing but the reason.
-    """
-    left = set(files)
-    for n, row in enumerate(rows, 1):
-        name = row["instance"].get("name")
-        if name or not files:
-            left.discard(name)
-            yield name or f"row-{n:06}", row
-        else:
-            print(f"a request failed: {error_in(row)}")
-    for name in files:
-        if name in left:
-            yield name, {"error": "no answer: its request failed"}
 
 
 def report(rows: Iterable[tuple[str, dict]], out: Path) -> None:

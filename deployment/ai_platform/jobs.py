@@ -1,14 +1,14 @@
 """Batch prediction: many photos by a job, from and to Cloud Storage."""
 
-import ast
 import base64
 import contextlib
 import io
 import json
 import os
-import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,11 +23,23 @@ if TYPE_CHECKING:
 # What the container takes in one request. The service makes requests of `batch_size` lines, whatever their sizes.
 MAX_INSTANCES = 64  # protocol.MAX_INSTANCES
 MAX_BYTES = 20_000_000  # server/config.properties, less 5 % for JSON that is written otherwise than here
+TOO_LARGE = f"larger than the container takes ({MAX_BYTES / 1e6:g} MB as base64)"
 MAX_PIXELS = 50_000_000  # photos.Preprocessor
+HEADER = 64 * 1024  # bytes of an image in Cloud Storage that are read for its pixels
+LOOKED_AT = 100  # images of a bucket whose headers are read, the largest files first
 # All states that end a job. The SDK's own wait knows neither of the last two, and would wait on.
 FAILED = {"JOB_STATE_FAILED", "JOB_STATE_CANCELLED", "JOB_STATE_PAUSED", "JOB_STATE_EXPIRED"}
 ENDED = FAILED | {"JOB_STATE_SUCCEEDED", "JOB_STATE_PARTIALLY_SUCCEEDED"}
 WAIT = 15  # seconds between two looks at a job
+
+
+@dataclass
+class Inputs:
+    """What a job reads: `gs://` files, and the bytes and the pixels of each photo in them, as far as they are known."""
+
+    uris: list[str]
+    sizes: list[tuple[int, int]]
+    format: str = "jsonl"  # or file-list: the files list images in Cloud Storage, which the service itself reads
 
 
 @limited(24 * 3600)
@@ -50,22 +62,25 @@ def batch(
     """Runs a batch prediction job; returns the `gs://` folder below `destination` that holds its results.
 
     The job brings its own machines and needs no endpoint. It may succeed with errors among its rows: see `error_in`.
-    Its rows come in no order; those of image files bear their names.
+    Its rows come in no order: `named` tells which image each belongs to.
 
     Args:
-        source: image files, sent to `destination` as JSONL first, or `gs://` files of such lines, `{"b64": …}` each.
+        source: image files, sent to `destination` as JSONL first, and `gs://….jsonl` files of such lines, `{"b64": …}`
+            each; or `gs://` folders of images, which the service reads where they are, with a list in `destination`.
         version: version or alias, by default `default`.
         replicas: machines, from the start to the end: batch jobs do not autoscale.
-        batch_size: lines in one request; by default as many as the container takes, whichever they are. Lines in
-            Cloud Storage are read through for that. Set it for a model that sees more than 880 × 880 pixels, where
-            small photos count for more than they have.
+        batch_size: photos in one request; by default as many as the container takes, whichever they are. Lines in
+            Cloud Storage are read through for that; of images there the size of each file counts, and the pixels of
+            the largest. Set it for a model that sees more than 880 × 880 pixels, where small photos count for more
+            than they have.
         max_pixels: what the container takes in one request, where the model's configuration says another number.
         service_account, kms_key, labels: who the container is (by default nobody with rights in the project), the key
             of Cloud KMS that encrypts what the job keeps, its labels.
         parameters: the server's `format` and `size`.
 
     Raises:
-        ValueError: there is no photo, a photo alone is larger than the container takes, or the version needs a GPU.
+        ValueError: there is no photo, a photo alone is larger than the container takes, the version needs a GPU, or
+            `source` has both folders of images and others.
         FileNotFoundError: there is no such file, here or in Cloud Storage.
         RuntimeError: the job failed, expired or was cancelled.
     """
@@ -74,16 +89,17 @@ def batch(
     model = aiplatform.Model(name, version=version)
     gpu, carrier = ACCELERATORS[accelerator]
     check_gpu(model, gpu)
-    inputs, sizes = gather(source, destination, measured=batch_size is None)
+    inputs = gather(source, destination, None if batch_size else max_pixels)
     machines = {"machine_type": machine or carrier, "accelerator_type": gpu, "accelerator_count": 1 if gpu else None}
     machines |= {"starting_replica_count": replicas, "max_replica_count": replicas}  # the latter is not looked at
     job = aiplatform.BatchPredictionJob.submit(
         job_display_name=name,
         model_name=model.versioned_resource_name,
-        gcs_source=inputs,
+        gcs_source=inputs.uris,
+        instances_format=inputs.format,
         gcs_destination_prefix=destination,
         model_parameters=parameters or None,
-        batch_size=batch_size or lines_per_request(sizes, max_pixels),
+        batch_size=batch_size or lines_per_request(inputs.sizes, max_pixels),
         service_account=service_account,
         encryption_spec_key_name=kms_key,
         labels=labels,
@@ -93,21 +109,86 @@ def batch(
     return wait_for(job, model.version_id)
 
 
-def gather(source: Sequence[Path | str], destination: str, measured: bool) -> tuple[list[str], list[tuple[int, int]]]:
-    """The `gs://` files with all lines of `source`, and the bytes and pixels of each; image files are sent first.
+def gather(source: Sequence[Path | str], destination: str, max_pixels: int | None) -> Inputs:
+    """What a job has to read for `source`; image files, or the list of images in a bucket, are sent first.
 
-    What lies in Cloud Storage is read for that only where it is to be `measured`.
+    What lies in Cloud Storage is read for its size, unless `max_pixels`, of one request, is None.
     """
-    inputs = [str(s) for s in source if str(s).startswith("gs://")]
-    files = [Path(s) for s in source if not str(s).startswith("gs://")]
+    client, stem = storage_client(), f"{destination.rstrip('/')}/input-{time.strftime('%Y%m%d-%H%M%S')}"
+    remote = [str(s) for s in source if str(s).startswith("gs://")]
+    folders = [uri for uri in remote if not uri.endswith(".jsonl")]
+    if folders and len(folders) < len(source):
+        raise ValueError("a job reads either gs:// folders of images, or files and gs:// files of lines: make two jobs")
+    if folders:
+        return send_list(objects(folders, client, destination), f"{stem}.txt", client, max_pixels)
+    files = [Path(s) for s in source if str(s) not in remote]
     check_sizes(files)
-    client = storage_client()
-    sizes = [size for uri in inputs for size in measure(uri, client)] if measured else []
+    sizes = [size for uri in remote for size in measure(uri, client)] if max_pixels else []
     if files:
-        uri = f"{destination.rstrip('/')}/input-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
-        sizes += send(files, uri, client)
-        inputs.append(uri)
-    return inputs, sizes
+        sizes += send(files, f"{stem}.jsonl", client)
+        remote.append(f"{stem}.jsonl")
+    return Inputs(remote, sizes)
+
+
+def objects(folders: Sequence[str], client: "storage.Client", destination: str = "") -> "list[storage.Blob]":
+    """The objects in `gs://` folders and below, but for those in `destination`, the results of jobs.
+
+    Raises:
+        FileNotFoundError: there is no such bucket.
+    """
+    from google.api_core import exceptions
+
+    found = []
+    for folder in folders:
+        bucket, _, path = folder.removeprefix("gs://").rstrip("/").partition("/")
+        below, results = path and f"{path}/", f"{destination.rstrip('/')}/"
+        try:
+            for blob in client.list_blobs(bucket, prefix=path):
+                is_file = not blob.name.endswith("/") and (blob.name == path or blob.name.startswith(below))
+                if is_file and not (destination and address(blob).startswith(results)):
+                    found.append(blob)
+        except exceptions.NotFound:
+            raise FileNotFoundError(f"no bucket gs://{bucket}") from None
+    return found
+
+
+def address(blob: "storage.Blob") -> str:
+    return f"gs://{blob.bucket.name}/{blob.name}"
+
+
+def send_list(blobs: "list[storage.Blob]", uri: str, client: "storage.Client", max_pixels: int | None) -> Inputs:
+    """Writes the addresses of `blobs` to `uri`, but for those that no request can hold, which are named.
+
+    Unless `max_pixels`, of one request, is None, headers are read, and each image counts as many pixels as the largest
+    that a request can hold.
+
+    Raises:
+        ValueError: there is none.
+    """
+    small = []
+    for blob in blobs:
+        if is_too_large(blob.size):
+            print(f"left out, {TOO_LARGE}: {address(blob)}")
+        else:
+            small.append(blob)
+    if not small:
+        raise ValueError("there is no photo")
+    with progress(f"listing {len(small)} image(s) in {uri}"), open_blob(uri, client, "wb") as lines:
+        for blob in small:
+            lines.write(f"{address(blob)}\n".encode())
+    if max_pixels is None:
+        return Inputs([uri], [], "file-list")
+    looked_at = sorted(small, key=lambda blob: -blob.size)[:LOOKED_AT]
+    with progress(f"reading the headers of {len(looked_at)} image(s), for the size of a request"):
+        with ThreadPoolExecutor(16) as threads:
+            most = max((n for n in threads.map(header_pixels, looked_at) if n <= max_pixels), default=0)
+    return Inputs([uri], [(4 * (blob.size + 2) // 3 + 100, most) for blob in small], "file-list")
+
+
+def header_pixels(blob: "storage.Blob") -> int:
+    """The pixels of an image in Cloud Storage, by its first bytes; 0 where they do not tell."""
+    data = blob.download_as_bytes(end=HEADER - 1) if blob.size else b""
+    return pixels({"b64": base64.b64encode(data).decode()})
 
 
 def wait_for(job: "aiplatform.BatchPredictionJob", version: str) -> str:
@@ -124,8 +205,13 @@ def wait_for(job: "aiplatform.BatchPredictionJob", version: str) -> str:
 def check_sizes(files: Sequence[Path]) -> None:
     """ValueError for an image file that no request can hold; for all of them before anything is sent."""
     for path in files:
-        if 4 * path.stat().st_size / 3 > MAX_BYTES:
-            raise ValueError(f"{path} is larger than the container takes ({MAX_BYTES / 1e6:g} MB as base64)")
+        if is_too_large(path.stat().st_size):
+            raise ValueError(f"{path} is {TOO_LARGE}")
+
+
+def is_too_large(size: int) -> bool:
+    """Whether no request can hold a file of `size` bytes."""
+    return 4 * size / 3 > MAX_BYTES
 
 
 def measure(uri: str, client: "storage.Client") -> list[tuple[int, int]]:
@@ -204,36 +290,3 @@ def open_blob(uri: str, client: "storage.Client", mode: str) -> Iterator:
             yield file
     except exceptions.NotFound:
         raise FileNotFoundError(f"no {uri}, or no such bucket") from None
-
-
-def batch_results(folder: str) -> Iterator[dict]:
-    """The rows of a batch job's output, in the service's order, those of requests that failed last.
-
-    Each is `{"instance": …, "prediction": …}` or `{"instance": …, "error": …}`; `error_in` knows both kinds of errors.
-    Of a request that failed as a whole the service may keep the reason alone: its row has an empty instance, and the
-    photos of that request have no rows.
-    """
-    client = storage_client()
-    bucket, _, prefix = folder.removeprefix("gs://").partition("/")
-    blobs = sorted(client.list_blobs(bucket, prefix=f"{prefix}/"), key=lambda blob: "error" in blob.name.split("/")[-1])
-    for blob in blobs:
-        if re.match(r"predictions?[._]|errors?[._]", blob.name.split("/")[-1]):
-            with blob.open("rb") as lines:
-                yield from (read_row(line.decode()) for line in lines if line.strip())
-
-
-def read_row(line: str) -> dict:
-    """One line of a batch job's output: JSON, or of a failed request a Python tuple of its message and its code."""
-    with contextlib.suppress(ValueError):
-        return json.loads(line)
-    try:
-        message, code = ast.literal_eval(line.strip())
-    except (ValueError, SyntaxError, TypeError):
-        message, code = line.strip(), 2  # UNKNOWN
-    return {"instance": {}, "error": {"code": code, "message": message}}
-
-
-def error_in(row: dict) -> str | None:
-    """Why the photo of a row got no answer: the server's word for it, or the service's; None where it got one."""
-    error = row.get("error") or row.get("prediction", {}).get("error")
-    return error and str(error.get("message", error) if isinstance(error, dict) else error)

@@ -1,0 +1,105 @@
+"""The handler on Ray Data: files are read, and actors answer them, on this machine or on a cluster."""
+
+import io
+import logging
+import math
+import os
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow as pa
+import ray
+from pyarrow.fs import FileSystem
+
+from .handler import Handler
+from .runtime import cores, memory_limit
+
+BLOCK_BYTES, BLOCK_FILES = 8 * 2**20, 32  # at most, of files that travel together
+FAILED_BLOCKS = 100  # after so many that could not be read or computed the run gives up
+
+
+class Answers:
+    """The handler in an actor, which answers blocks of files; they overlap, so that no core waits for a block's end.
+
+    Args:
+        threads: cores of a machine that it uses.
+        archive: a list of one reference to the archive's bytes: Ray would resolve the bare reference, once a call.
+        parameters: of a request: `format`, `size`, `top`.
+        prefix: before the path of a file in its row.
+        schema: of the rows.
+    """
+
+    def __init__(self, threads: int, archive: list, parameters: dict, prefix: str, schema: pa.Schema):
+        self.handler, self.parameters, self.prefix, self.schema = Handler(), parameters, prefix, schema
+        with tempfile.TemporaryDirectory(prefix="model-") as folder:
+            zipfile.ZipFile(io.BytesIO(ray.get(archive[0]))).extractall(folder)
+            self.handler.load(folder, threads=threads, share=0.5)  # Ray and files on their way have the rest
+        self.handler.budget.seconds = None  # an image waits for its memory as long as it takes
+        self.threads = ThreadPoolExecutor(2 * threads)
+
+    def __call__(self, files: pa.Table) -> pa.Table:
+        rows = list(self.threads.map(self.answer, files["path"].to_pylist(), files["bytes"]))
+        if self.handler.broken:
+            raise RuntimeError("the model fails on every image")
+        return pa.Table.from_pylist(rows, self.schema)
+
+    def answer(self, path: str, data: pa.Scalar) -> dict:
+        """The row of one file, whose bytes are never taken for another form of a request."""
+        job = self.handler.read({"body": {"instances": [data.as_py()], "parameters": self.parameters}}, "")
+        self.handler.answer([job], time.perf_counter())
+        [item] = job.items
+        row = {"path": self.prefix + path, "warning": item.warning or None} | (item.answer or {})
+        if item.error:
+            reason = f": {item.error.__cause__}" if item.error.__cause__ else ""
+            row["error"] = item.error.as_json() | {"message": item.error.message + reason}
+        return row
+
+
+def start_ray(address: str | None) -> tuple[int, int]:
+    """Connect to the cluster at `address`, else start Ray here; returns how many actors, and the cores of each."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    here = {"num_cpus": cores(), "object_store_memory": max(memory_limit() // 8, 100 * 2**20)}
+    here |= {"include_dashboard": False, "_node_ip_address": "127.0.0.2"}  # Ray replaces 127.0.0.1 by a public address
+    ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **({} if address else here))
+    settings = ray.data.DataContext.get_current()
+    settings.enable_progress_bars, settings.target_max_block_size = False, BLOCK_BYTES
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are rows, or end the run
+    machines = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    threads = min(n for n in machines if n)
+    return sum(n // threads for n in machines), threads
+
+
+def compute(
+    sizes: dict[str, int], files: FileSystem, together: bool, actors: int, threads: int, *settings
+) -> Iterator[pa.Table]:
+    """The answers to the files of `sizes`, their bytes by path, which travel `together` in blocks, or one by one.
+
+    Those of a block that fails are missing. `settings` are arguments of `Answers`, but for its threads.
+
+    Raises:
+        ray.exceptions.RayError: `together` too many blocks failed.
+    """
+    ray.data.DataContext.get_current().max_errored_blocks = FAILED_BLOCKS if together else -1
+    in_block = min(max(BLOCK_BYTES * len(sizes) // (sum(sizes.values()) + 1), 1), BLOCK_FILES) if together else 1
+    images = ray.data.read_binary_files(
+        list(sizes),
+        filesystem=files,
+        include_paths=True,
+        ignore_missing_paths=True,
+        num_cpus=0.1,
+        override_num_blocks=math.ceil(len(sizes) / in_block),
+    )
+    calls = {"max_concurrent_calls_per_actor": 2, "max_tasks_in_flight_per_actor": 4}
+    yield from images.map_batches(
+        Answers,
+        fn_constructor_args=(threads, *settings),
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=actors, enable_true_multi_threading=True, **calls),
+        num_cpus=0.4 * threads,  # in Ray's books: the rest is for tasks that read, and for actors of a lost machine
+        scheduling_strategy="SPREAD",
+        max_task_retries=2,
+    ).iter_batches(batch_size=None, batch_format="pyarrow")

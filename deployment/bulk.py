@@ -1,0 +1,115 @@
+"""A folder or a bucket of images through the handler, on Ray Data: `python -m deployment.bulk PHOTOS --out OUT`.
+
+Ray reads the files, actors answer them (see `actors`), and this process writes the answers (see `tables`). What OUT
+holds is not computed again. Without --address Ray runs on this machine alone, listens on loopback, and ends with this
+process. The exit status is 1 where an image has an error, and 2 where nothing could be computed.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+try:
+    import pyarrow as pa
+    import ray
+except ImportError as missing:
+    print(f"error: {missing}: pip install -r deployment/requirements-bulk.txt", file=sys.stderr)
+    sys.exit(2)
+
+from . import tables
+from .actors import compute, start_ray
+from .archive import find_archive
+from .config import read_config
+from .protocol import SIZES, Rejected, read_options
+
+UNREADABLE = {"code": 500, "type": "Unreadable", "message": "it could not be read, or ended the process that read it"}
+
+
+def read_task(archive: Path) -> str:
+    """The task of the model in `archive`."""
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(archive) as content:
+        content.extract("model-config.yaml", folder)
+        return read_config(folder).task
+
+
+def read_parameters(options: argparse.Namespace, task: str) -> dict:
+    """What a request to a model for `task` would have as parameters; a mask is a PNG where nothing else is asked for.
+
+    Raises:
+        Rejected, ValueError: the options do not fit.
+    """
+    given = {name: value for name in ("format", "size", "top") if (value := getattr(options, name)) is not None}
+    read_options(given)
+    if task != "segmentation" and options.format:
+        raise ValueError(f"a model for {task} gives no picture: leave out --format")
+    return {"format": "png"} | given if task == "segmentation" else given
+
+
+def run(options: argparse.Namespace) -> tables.Output:
+    """Answer each file in `options.photos` that has no row in `options.out`; returns what is there then.
+
+    Raises:
+        OSError, ValueError, Rejected: there is no such archive or folder, no file in it, or an option does not fit.
+        ray.exceptions.RayError: the cluster, or the model, failed.
+    """
+    archive, _ = find_archive(options.model_store)
+    task, data = read_task(archive), archive.read_bytes()
+    parameters = read_parameters(options, task)
+    files, folder, prefix = tables.locate(options.photos)
+    output = tables.Output(options.out, json.dumps({"archive": hashlib.sha256(data).hexdigest()} | parameters))
+    sizes = tables.sizes_in(files, folder)
+    if not sizes:
+        raise ValueError(f"no file in {options.photos}")
+    left = {path: size for path, size in sizes.items() if prefix + path not in output.paths}
+    print(f"{len(sizes)} files, of which {len(sizes) - len(left)} are answered in {options.out}", file=sys.stderr)
+    if not left:
+        return output
+    schema = tables.schema_of(task, parameters.get("format", ""))
+    actors, threads = start_ray(options.address)
+    settings = (actors, threads, [ray.put(data)], parameters, prefix, schema)
+    output.start(len(output.paths) + len(left))
+    try:
+        for table in compute(left, files, True, *settings):
+            output.add(table)
+        missing = [path for path in left if prefix + path not in output.paths]  # of blocks that failed
+        there = {info.path: info.size for info in files.get_file_info(missing) if info.is_file}
+        for table in compute(there, files, False, *settings) if there else ():
+            output.add(table)
+        lost = [prefix + path for path in missing if prefix + path not in output.paths]
+        output.add(pa.Table.from_pylist([{"path": path, "error": UNREADABLE} for path in lost], schema))
+    finally:
+        output.write()
+        output.show()
+        ray.shutdown()
+    return output
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m deployment.bulk", description=__doc__.splitlines()[0])
+    parser.add_argument("photos", help="a folder, gs://BUCKET/FOLDER or s3://BUCKET/FOLDER")
+    parser.add_argument("--model-store", default="model_store", help="folder of the archive (default: %(default)s)")
+    parser.add_argument("--out", required=True, help="folder for the Parquet files, also gs:// or s3://")
+    parser.add_argument("--format", choices=tables.PICTURES, help="of a mask, as over HTTP (default: png)")
+    parser.add_argument("--size", choices=SIZES, help="of a mask, as over HTTP")
+    parser.add_argument("--top", type=int, help="only so many probabilities, the highest")
+    parser.add_argument("--address", help="of a running Ray cluster, or auto (default: Ray starts here)")
+    options = parser.parse_args(arguments)
+    status = 2
+    try:
+        output = run(options)
+        status = 1 if output.errors else 0
+    except KeyboardInterrupt:
+        status = 130
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, Rejected, ray.exceptions.RayError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    if status == 1:
+        print(f"{output.errors} of {len(output.paths)} images have an error", file=sys.stderr)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()
