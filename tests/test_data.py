@@ -236,10 +236,12 @@ def test_a_notebook_shows_the_message_alone():
     assert len(seen) == 1 and seen[0].startswith("DataError: there is no folder nowhere")
 
 
-def test_thin_things_are_there_but_rare(scenes_folder):
+def test_thin_things_are_rare_but_can_be_learned(scenes_folder):
+    """Each covers enough pixels to be learned in minutes, and all of them together no more than a fifth."""
     masks = np.stack([np.array(Image.open(path)) for path in (scenes_folder / "labels").iterdir()])
     thin = [CODES.index(name) for name in ("Pole", "SignSymbol", "Fence", "Pedestrian", "Bicyclist")]
-    assert set(thin) <= set(np.unique(masks)) and 0.03 < np.isin(masks, thin).mean() < 0.06
+    shares = [(masks == index).mean() for index in thin]
+    assert min(shares) > 0.012 and sum(shares) < 0.2, shares
 
 
 # --- the split, the batches, the metric ---
