@@ -506,22 +506,22 @@ def person(c, rng, x, z):
     k = tall / 1.8
     c.shadow(x - 0.2, x + 0.2, z, z + 0.2, tall)
     for foot in (-stride, stride):
-        c.line([(x, 0.85 * k), (x + foot, 0)], z, 0.19 * k, trousers, "Pedestrian")
+        c.line([(x, 0.85 * k), (x + foot, 0)], z, 0.23 * k, trousers, "Pedestrian")
     c.fill(
         [
-            (x - 0.17 * k, 0.8 * k, z),
-            (x + 0.17 * k, 0.8 * k, z),
-            (x + 0.25 * k, 1.45 * k, z),
-            (x - 0.25 * k, 1.45 * k, z),
+            (x - 0.25 * k, 0.75 * k, z),
+            (x + 0.25 * k, 0.75 * k, z),
+            (x + 0.28 * k, 1.47 * k, z),
+            (x - 0.28 * k, 1.47 * k, z),
         ],
         coat,
         "Pedestrian",
     )
     for hand in (-1, 1):
         c.line(
-            [(x + hand * 0.23 * k, 1.4 * k), (x + hand * 0.3 * k + stride * 0.5, 0.9 * k)],
+            [(x + hand * 0.27 * k, 1.4 * k), (x + hand * 0.35 * k + stride * 0.5, 0.85 * k)],
             z,
-            0.12 * k,
+            0.15 * k,
             coat,
             "Pedestrian",
             0.85,
@@ -641,12 +641,12 @@ def draw_scene(seed: int, size: tuple[int, int] = (96, 128)) -> tuple[Image.Imag
     if rng.random() < 0.5:
         for side in (-1, 1):
             c.flat(side * (half - 0.35) - 0.06, side * (half - 0.35) + 0.06, NEAR, 100, paint, "Road", 0.95)
-    if rng.random() < 0.4:  # a zebra crossing, and often somebody on it
-        z = rng.uniform(6, 16)
+    if rng.random() < 0.4:  # a zebra crossing, and somebody on it
+        z = rng.uniform(5, 11)
         for x in np.arange(-half + 0.4, half - 0.4, 1.0):
             c.flat(x, x + 0.5, z, z + 2.6, paint, "Road")
-        if rng.random() < 0.6:
-            things.append((z + 1, person, (c, rng, rng.uniform(-half, half), z + 1)))
+        for x in rng.uniform(-half, half, rng.integers(1, 3)):
+            things.append((z + 1, person, (c, rng, x, z + 1)))
 
     # what stands on the pavement, between the kerb and the walls: little of it far away, where a pixel is a person
     for side in (-1, 1):
@@ -657,7 +657,7 @@ def draw_scene(seed: int, size: tuple[int, int] = (96, 128)) -> tuple[Image.Imag
                 things.append((z + 6, tree, (c, rng, side * (half + 0.5), z + 6, rng.uniform(4, 6.5))))
         for z in rng.uniform(5, 14, rng.integers(1, 3)):
             things.append((z, sign, (c, rng, side * (half + rng.uniform(0.4, 1.0)), z)))
-        for z in rng.uniform(4, 12, rng.integers(2, 5)):
+        for z in rng.uniform(4, 10, rng.integers(2, 5)):
             things.append((z, person, (c, rng, side * rng.uniform(half + 0.4, edge - 0.5), z)))
         for z in rng.uniform(5, 16, rng.integers(0, 2)):
             things.append((z, bin_, (c, rng, side * (edge - 0.5), z)))
