@@ -8,7 +8,7 @@ from conftest import SMALL
 from PIL import Image
 
 from deployment.export import ExportError
-from deployment.export.accuracy import compare, compare_masks, mask_scores, read_label
+from deployment.export.accuracy import class_scores, compare, compare_masks, mask_scores, read_label
 from deployment.photos import Preprocessor
 
 
@@ -19,6 +19,15 @@ def test_scores_leave_out_void_by_its_name():
     assert scores["pixel_accuracy"] == pytest.approx(4 / 6)
     assert scores["mean_iou"] == pytest.approx((1 / 2 + 3 / 5) / 2)
     assert mask_scores([mask], [label], ["a", "b", "c", "d"])["pixel_accuracy"] == pytest.approx(5 / 8)
+
+
+def test_scores_of_each_class_that_occurs():
+    label = torch.tensor([[0, 0, 1, 1], [1, 1, 3, 3]])
+    mask = torch.tensor([[0, 1, 1, 1], [1, 2, 0, 3]])
+    scores = class_scores([mask], [label], ["road", "car", "bus", "Void"])
+    assert list(scores) == ["road", "car"], "nothing is a bus, and void is no class"
+    assert scores["road"] == pytest.approx({"share": 2 / 6, "recall": 1 / 2, "iou": 1 / 2})
+    assert scores["car"] == pytest.approx({"share": 4 / 6, "recall": 3 / 4, "iou": 3 / 5})
 
 
 def test_without_labels_agreement_alone_is_reported():

@@ -7,6 +7,7 @@ pixels. The class may also be the name of the photo's folder.
 
 import csv
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -166,17 +167,35 @@ def compare_masks(
     return report
 
 
-def mask_scores(masks: list[Tensor], labels: list[Tensor], classes: list[str]) -> dict[str, float]:
+def mask_scores(masks: Iterable[Tensor], labels: Iterable[Tensor], classes: list[str]) -> dict[str, float]:
     """Pixel accuracy and mean IoU (over the classes that occur) of `masks`; void, found by its name, does not count."""
+    scores = class_scores(masks, labels, classes).values()
+    accuracy = sum(score["share"] * score["recall"] for score in scores)
+    return {"pixel_accuracy": accuracy, "mean_iou": sum(score["iou"] for score in scores) / len(scores)}
+
+
+def class_scores(masks: Iterable[Tensor], labels: Iterable[Tensor], classes: list[str]) -> dict[str, dict[str, float]]:
+    """How well `masks` find each class that occurs in `labels`, both integer tensors (H, W) or (1, H, W).
+
+    Returns:
+        By the name of the class: its `share` of the pixels, the `recall`, which is the share of its pixels that
+        `masks` have right, and `iou`, intersection over union. The pixels that are void in `labels` do not count.
+    """
     n = len(classes)
     pairs = np.zeros((n, n), np.int64)  # rows: label, columns: mask
     for mask, label in zip(masks, labels, strict=True):
         pairs += np.bincount(label.numpy().ravel() * np.int64(n) + mask.numpy().ravel(), minlength=n * n).reshape(n, n)
     void = [i for i, name in enumerate(classes) if re.fullmatch("void", name, re.I)]
     pairs[void] = 0
-    hits, occurs = pairs.diagonal(), pairs.sum(axis=1) > 0
-    iou = hits[occurs] / (pairs.sum(axis=0) + pairs.sum(axis=1) - hits)[occurs]
-    return {"pixel_accuracy": float(hits.sum() / pairs.sum()), "mean_iou": float(iou.mean())}
+    labeled, predicted, hits = pairs.sum(axis=1), pairs.sum(axis=0), pairs.diagonal()
+    return {
+        classes[i]: {
+            "share": float(labeled[i] / labeled.sum()),
+            "recall": float(hits[i] / labeled[i]),
+            "iou": float(hits[i] / (labeled[i] + predicted[i] - hits[i])),
+        }
+        for i in np.flatnonzero(labeled)
+    }
 
 
 def report_text(report: dict) -> str:
