@@ -312,10 +312,14 @@ def test_what_the_server_answers_itself(client, kind, photo, predict):
     for same in (f"{PREDICT}/", f"{PREDICT}/1.0"):
         assert np.array_equal(mask_of(client.post(same, content=photo).json()), predict(photo))
     form = {"content-type": "application/x-www-form-urlencoded"}
-    answer = client.post(PREDICT, content=photo, headers=form)
+    answer = client.post(PREDICT, content=photo, headers=form)  # as `curl --data-binary @photo.png`
+    stripped = client.post(PREDICT, content=photo.translate(None, b"\r\n\0"), headers=form)  # as `curl -d @photo.png`
     if kind == "torchserve":
-        assert answer.status_code == 500
+        for refused in (answer, stripped):
+            assert refused.status_code == 500 and refused.json()["type"] == "ErrorDataDecoderException"
+            assert re.match("Bad end of line|Invalid hex byte at index", refused.json()["message"])
     else:
+        assert stripped.status_code == 400
         assert np.array_equal(mask_of(answer.json()), predict(photo))
 
 
