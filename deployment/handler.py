@@ -121,14 +121,14 @@ class Handler:
                 item = Item(error=protocol.rejection(error))
             job.items.append(item)
         request.instances.clear()  # the files are in the items
-        if request.size == "original":
+        if request.size == "original":  # an answer as large as the image: its memory is held from here to there
             for item in job.items:
                 job.kept += max(item.memory, item.counted * ANSWER_BYTES)
                 item.memory = 0
         return job
 
     def identify(self, instance) -> Item:
-        """The image in `instance` by its header; by its bytes alone where the reader's own `open_image` opens it."""
+        """The image in `instance`, of which the header is read; an `open_image` of the reader's own reads it later."""
         item = Item(protocol.read_instance(instance))
         if not self.config.opener:
             item.header = self.preprocessor.identify(item.data)
@@ -154,10 +154,11 @@ class Handler:
                 helper.result()
 
     def decode_item(self, item: Item, job: Job) -> None:
-        request = job.request
+        """Set the pixels of `item`, once there is memory for them, or its error."""
+        is_overlay = job.request.format == "overlay"
+        drawn_on = is_overlay and job.request.size == "original"
         try:
             with self.budget.hold(item.memory):
-                drawn_on = request.format == "overlay" and request.size == "original"
                 if item.header:
                     image = self.preprocessor.decode(item.header, whole=drawn_on)
                     item.warning = CLIPPED if clips(item.header) else ""
@@ -166,7 +167,7 @@ class Handler:
                     item.size = size_of(image)
                 resized = self.preprocessor.resize(image)
                 item.pixels = to_array(resized)
-                if request.format == "overlay":
+                if is_overlay:
                     item.shown = viewable(image if drawn_on else resized)
         except Exception as error:
             item.error = protocol.rejection(error)

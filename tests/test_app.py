@@ -249,35 +249,37 @@ def test_bodies_wait_until_there_is_room_for_them(monkeypatch):
 
 
 def test_bodies_that_are_here_in_part_do_not_wait_for_each_other(monkeypatch):
-    """Each sends two chunks, and the first ones fill the room; a small body comes in between."""
+    """Each sends two chunks, and the first chunks would fill the room; a small body comes in between."""
     monkeypatch.setattr(forms, "MAX_BYTES", 100)
     monkeypatch.setattr(forms, "SMALL_BODY", 20)
-    monkeypatch.setattr(forms, "ROOM_SECONDS", 5)
     bodies, here = forms.Bodies(400), []
 
-    async def arrive(name: str, *chunks: int) -> None:
+    async def arrive(name: str, small_is_here: anyio.Event, *chunks: int) -> None:
         left = list(chunks)
 
         async def receive():
-            await anyio.sleep(0.01)
+            await anyio.sleep(0)
             return {"type": "http.request", "body": bytes(left.pop(0)), "more_body": bool(left)}
 
         headers = [(b"content-length", str(sum(chunks)).encode())]
         async with bodies.read(Request({"type": "http", "headers": headers}, receive)):
             here.append(name)
-            await anyio.sleep(0.05)
+            if name == "small":
+                small_is_here.set()
+            await small_is_here.wait()
 
     async def together() -> None:
+        small_is_here = anyio.Event()
         async with anyio.create_task_group() as group:
-            for i in range(12):
-                group.start_soon(arrive, f"large {i}", 50, 50)
-            await anyio.sleep(0.03)
-            assert len(bodies.line) > 5 and 250 <= bodies.used <= 350
-            group.start_soon(arrive, "small", 20)
+            for _ in range(12):
+                group.start_soon(arrive, "large", small_is_here, 50, 50)
+            while bodies.used < 350:  # all of it, but for what is left to small ones
+                await anyio.sleep(0.001)
+            group.start_soon(arrive, "small", small_is_here, 20)
 
     asyncio.run(together())
-    assert bodies.used == 0 and not bodies.line and len(here) == 13
-    assert "small" in here[:4]
+    assert bodies.used == 0 and not bodies.line
+    assert here.count("large") == 12 and "small" in here[:4]
 
 
 def test_a_request_that_takes_too_long_to_arrive(url, monkeypatch):

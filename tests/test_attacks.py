@@ -33,7 +33,7 @@ from deployment.server.torchserve import is_ready
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 
 PREDICT = "/predictions/fastunet"
-SECONDS = 8  # of each attack
+SECONDS = 6  # of each attack
 # Bytes that the container has: PyTorch on either server, and the small image, which has no torch.
 LIMITS = {"torchserve": 4 * 2**30, "uvicorn": 4 * 2**30, "light": 2**30}
 

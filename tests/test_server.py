@@ -28,7 +28,7 @@ from PIL import Image
 from deployment.answers import palette
 from deployment.archive import find_archive, make_archive
 from deployment.serve import is_healthy
-from deployment.server.front import rerouted
+from deployment.server.front import rerouted, told_to_wait
 from deployment.server.processes import free_ports, last_error, own_folder, reserve_port, started
 from deployment.server.torchserve import command, ignored_variables, is_ready, model_status, workers_and_threads
 
@@ -312,10 +312,14 @@ def test_what_the_server_answers_itself(client, kind, photo, predict):
     for same in (f"{PREDICT}/", f"{PREDICT}/1.0"):
         assert np.array_equal(mask_of(client.post(same, content=photo).json()), predict(photo))
     form = {"content-type": "application/x-www-form-urlencoded"}
-    answer = client.post(PREDICT, content=photo, headers=form)
+    answer = client.post(PREDICT, content=photo, headers=form)  # as `curl --data-binary @photo.png`
+    stripped = client.post(PREDICT, content=photo.translate(None, b"\r\n\0"), headers=form)  # as `curl -d @photo.png`
     if kind == "torchserve":
-        assert answer.status_code == 500
+        for refused in (answer, stripped):
+            assert refused.status_code == 500 and refused.json()["type"] == "ErrorDataDecoderException"
+            assert re.match("Bad end of line|Invalid hex byte at index", refused.json()["message"])
     else:
+        assert stripped.status_code == 400
         assert np.array_equal(mask_of(answer.json()), predict(photo))
 
 
@@ -663,6 +667,27 @@ def test_requests_to_the_paths_that_a_service_names_are_rerouted():
     assert rerouted(b"POST /v1/a:predict?a=b HTTP/1.1\r\n", routes).startswith(b"POST /predictions/a?a=b HTTP")
     for line in (b"GET /ping HTTP/1.1\r\n", b"GET\r\n", b"\xff\xff \xff x\r\n", b"a b c d\r\n"):
         assert rerouted(line, routes) == line + b"Connection: close\r\n"
+
+
+def test_a_refusal_says_when_to_come_again():
+    refused = b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 2\r\n\r\n{}"
+    assert told_to_wait(refused) == refused.replace(b"\r\n", b"\r\nRetry-After: 1\r\n", 1)
+    own = refused.replace(b"\r\n", b"\r\nRetry-After: 5\r\n", 1)
+    for as_it_is in (own, b"HTTP/1.1 200 OK\r\n\r\nHTTP/1.1 503 ", b"\x89PNG\r\n", b""):
+        assert told_to_wait(as_it_is) == as_it_is
+
+
+def test_in_a_container_a_full_queue_refuses_with_a_time_to_come_again(model_store, tmp_path, photo):
+    settings = {"AIP_HTTP_PORT": "1", "SERVER": "torchserve", "TS_JOB_QUEUE_SIZE": "1"} | ONE_WORKER
+    with foreground(model_store, tmp_path, "--host=127.0.0.1", **settings) as (_, ports):
+        url = f"http://127.0.0.1:{ports['port']}"
+        wait_for(lambda: answers(f"{url}/ping"))
+        body = {"instances": [{"b64": b64(photo)}] * 64}
+        with ThreadPoolExecutor(8) as pool:
+            sent = list(pool.map(lambda _: httpx.post(url + PREDICT, json=body, timeout=60), range(8)))
+    refused = [answer for answer in sent if answer.status_code == 503]
+    assert refused and all(answer.headers["retry-after"] == "1" for answer in refused)
+    assert {answer.status_code for answer in sent} == {200, 503}
 
 
 def test_the_error_that_a_worker_ended_with():

@@ -71,9 +71,10 @@ class Application:
         self.arriving = self.requests = 0  # requests whose bodies are read, and those that wait or are computed
         self.bodies = Bodies(memory_limit() // 8)
         # While images are in the model, others are read and drawn. A GPU's batch is gathered from those that wait.
-        # Requests of several images, or of a large one, have turns of their own, for which no other request waits.
-        turns = cores() + max(cores(), handler.model.batch)
-        self.turns, self.long_turns = (anyio.CapacityLimiter(turns) for _ in range(2))
+        self.turns = anyio.CapacityLimiter(cores() + max(cores(), handler.model.batch))
+        # Requests of several images, or of a large one, have turns of their own, for which no other request waits. Most
+        # of their time goes into decoding, which more threads than cores make slower for all.
+        self.long_turns = anyio.CapacityLimiter(cores() + handler.model.batch - 1)
 
     def starlette(self) -> Starlette:
         """The ASGI application."""

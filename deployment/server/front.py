@@ -1,4 +1,8 @@
-"""In front of TorchServe in a container: a port that opens when a worker is ready, with the paths a service names."""
+"""In front of TorchServe in a container: a port that opens when a worker is ready, with the paths a service names.
+
+Where TorchServe refuses a request because its queue is full, the client is told to come again in a second. TorchServe
+does not say so, and clients that come again at once keep it so busy with refusing that hardly anybody is answered.
+"""
 
 import asyncio
 import contextlib
@@ -22,10 +26,10 @@ def open_when_ready(
     while not is_ready(management_port, folder, name):
         time.sleep(0.2)
 
-    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, changed=lambda data: data) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(2**16):
-                writer.write(data)
+                writer.write(changed(data))
                 await writer.drain()
             writer.write_eof()
 
@@ -38,7 +42,7 @@ def open_when_ready(
             there_reader, there_writer = await asyncio.open_connection("127.0.0.1", port)
             with contextlib.closing(there_writer):
                 there_writer.write(begin)
-                await asyncio.gather(copy(reader, there_writer), copy(there_reader, writer))
+                await asyncio.gather(copy(reader, there_writer), copy(there_reader, writer, told_to_wait))
 
     async def listen() -> None:
         async with await asyncio.start_server(connect, sock=public) as server:
@@ -54,3 +58,11 @@ def rerouted(line: bytes, routes: dict[str, str]) -> bytes:
     if known := routes.get(path.decode("latin-1")):
         line = b" ".join([method, known.encode() + query + options, *rest])
     return line + b"Connection: close\r\n"
+
+
+def told_to_wait(data: bytes) -> bytes:
+    """`data`, with the header `Retry-After` where an answer with status 503 begins that has none."""
+    line, _, rest = data.partition(b"\r\n")
+    if not line.startswith(b"HTTP/1.1 503 ") or b"\r\nretry-after:" in data.lower():
+        return data
+    return b"\r\n".join([line, b"Retry-After: 1", rest])
