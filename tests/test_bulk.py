@@ -30,7 +30,13 @@ from deployment.protocol import Request
 from deployment.server.processes import free_ports
 
 # The command, which writes a file whenever there are answers: a run as short as the tests' would write one at its end.
-COMMAND = "import sys; from deployment import bulk, tables; tables.FILE_SECONDS = float(sys.argv.pop(1)); bulk.main()"
+COMMAND = """
+import sys
+from deployment import bulk, tables
+tables.FILE_SECONDS = float(sys.argv.pop(1))
+bulk.keep_terminal_clean()
+bulk.main()
+"""
 
 
 @pytest.fixture(scope="module")
