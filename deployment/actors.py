@@ -69,14 +69,10 @@ def keep_terminal_clean() -> None:
 def start_ray(address: str | None) -> tuple[int, int]:
     """Connect to the cluster at `address`, else start Ray here; returns how many actors, and the cores of each."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    here = {
-        "num_cpus": cores(),
-        "object_store_memory": max(memory_limit() // 8, 100 * 2**20),
-        "include_dashboard": False,
-    }
-    if (
-        not address
-    ):  # Ray takes a public address, whichever it is given, unless it believes that it cannot have a cluster
+    here = {"num_cpus": cores(), "object_store_memory": max(memory_limit() // 8, 100 * 2**20)}
+    if not address:
+        here["include_dashboard"] = False
+        # Of any address Ray makes this machine's public one, unless it believes that it cannot be part of a cluster.
         ray_constants.ENABLE_RAY_CLUSTER = False
         os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
         os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")

@@ -178,7 +178,7 @@ def open_ports(family: list[psutil.Process]) -> list:
     """What of `family` can be reached from outside this machine."""
     pids = {process.pid for process in family}
     listening = [c for c in psutil.net_connections("tcp") if c.pid in pids and c.status == "LISTEN"]
-    return [c for c in listening if not c.laddr.ip.startswith("127.") and c.laddr.ip != "::1"]
+    return [c for c in listening if not c.laddr.ip.removeprefix("::ffff:").startswith("127.")]
 
 
 OPENER = """

@@ -65,17 +65,15 @@ def batch(
     and there may be errors among them (`error_in`).
 
     Args:
-        source: image files, sent to `destination` as JSONL first, and `gs://….jsonl` files of such lines, `{"b64": …}`
-            each; or `gs://` folders of images, which the service reads where they are, with a list in `destination`.
+        source: image files, sent to `destination` as lines first, and `gs://….jsonl` files of lines, `{"b64": …}`
+            each; or `gs://` folders of images, which the service reads where they are.
         version: version or alias, by default `default`.
         replicas: machines, from the start to the end: batch jobs do not autoscale.
-        batch_size: photos in one request; by default as many as the container takes, whichever they are, by their
-            bytes and pixels (of a bucket's images by those of the largest). Set it for a model that sees more than
-            880 × 880 pixels, where small photos count for more than they have.
+        batch_size: photos in one request; by default as many as the container takes, by their bytes and pixels. Set
+            it for a model that sees more than 880 × 880 pixels, where small photos count for more than they have.
         max_pixels: what the container takes in one request, where the model's configuration says another number.
-        service_account, kms_key, labels: who the container is (by default nobody with rights in the project), the
-            key of Cloud KMS for what the job keeps, its labels.
-        parameters: the server's `format` and `size`.
+        service_account, kms_key: who the container is (by default nobody with rights), Cloud KMS's key for the job.
+        parameters: the server's `format`, `size` and `top`.
 
     Raises:
         ValueError: there is no photo, one is too large, the version needs a GPU, or `source` mixes both kinds.
