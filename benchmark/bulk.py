@@ -18,12 +18,13 @@ from pathlib import Path
 
 import psutil
 
-from benchmark.contenders import FASTEST, ROOT
-from benchmark.run import BUILD, big_photos, photos
+from benchmark.contenders import FASTEST, HERE, ROOT
+from benchmark.run import BUILD, big_photos, cpu_name, photos
 from deployment.handler import Handler
 from deployment.runtime import cores
 
 ROUNDS = 2
+RESULTS = HERE / "bulk_results.json"  # of the last whole run, for benchmark.cost
 FILES = {"small": 1500, "12 megapixels": 200}
 
 
@@ -100,9 +101,9 @@ def fill(folder: Path, images: list[bytes], count: int) -> None:
         (folder / f"{i:05}.jpg").write_bytes(images[i % len(images)])
 
 
-def table(store: Path, files: dict[str, int]) -> str:
-    lines = [f"{cores()} cores, medians of {ROUNDS} runs:\n"]
-    lines += ["| photos | files | | images/s | of in process | start s | memory MB |", "|---|--:|---|--:|--:|--:|--:|"]
+def measure_all(store: Path, files: dict[str, int]) -> dict[str, dict]:
+    """The medians of the runs, by kind of photos and by way."""
+    medians = {}
     for name, count in files.items():
         with tempfile.TemporaryDirectory() as folder:
             fill(Path(folder), photos(None) if name == "small" else big_photos(BUILD / "12_megapixels"), count)
@@ -110,13 +111,24 @@ def table(store: Path, files: dict[str, int]) -> str:
             for _ in range(ROUNDS):  # in turn: the machine's speed changes
                 for way in WAYS:
                     runs[way].append(measure(way, Path(folder), store))
-        medians = {
+        medians[name] = {
             way: {key: statistics.median(run[key] for run in rows) for key in rows[0]} for way, rows in runs.items()
         }
-        for way, row in medians.items():
-            share = row["rate"] / medians["in process"]["rate"]
-            cells = [f"{row['rate']:.1f}", f"{share:.2f}", f"{row['start']:.1f}", f"{row['memory'] / 1e6:.0f}"]
-            lines.append(f"| {name} | {count} | {way} | {' | '.join(cells)} |")
+    return medians
+
+
+def table(results: dict[str, dict]) -> str:
+    lines = ["| photos | files | | images/s | of in process | start s | memory MB |", "|---|--:|---|--:|--:|--:|--:|"]
+    for name, ways in results.items():
+        for way, row in ways.items():
+            cells = [
+                f"{row['images']:.0f}",
+                way,
+                f"{row['rate']:.1f}",
+                f"{row['rate'] / ways['in process']['rate']:.2f}",
+            ]
+            cells += [f"{row['start']:.1f}", f"{row['memory'] / 1e6:.0f}"]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -132,7 +144,10 @@ def main() -> None:
         return
     if not (args.store / "fastunet.mar").is_file():
         sys.exit(f"error: no {args.store / 'fastunet.mar'}: `make bench CONTENDERS=openvino-int8` makes it")
-    print(table(args.store, {name: max(round(args.share * count), 20) for name, count in FILES.items()}))
+    results = measure_all(args.store, {name: max(round(args.share * count), 20) for name, count in FILES.items()})
+    print(f"{cores()} cores, {cpu_name()}; medians of {ROUNDS} runs\n\n{table(results)}")
+    if args.share == 1:
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

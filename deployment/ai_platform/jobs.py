@@ -61,18 +61,16 @@ def batch(
 ) -> str:
     """Runs a batch prediction job; returns the `gs://` folder below `destination` that holds its results.
 
-    The job brings its own machines and needs no endpoint. Its rows come in no order (`named` tells whose they are),
-    and there may be errors among them (`error_in`).
+    It needs no endpoint. Its rows come in no order, errors among them: `named` tells whose they are, `error_in` why.
 
     Args:
         source: image files, sent to `destination` as lines first, and `gs://….jsonl` files of lines, `{"b64": …}`
             each; or `gs://` folders of images, which the service reads where they are.
-        version: version or alias, by default `default`.
-        replicas: machines, from the start to the end: batch jobs do not autoscale.
-        batch_size: photos in one request; by default as many as the container takes, by their bytes and pixels. Set
-            it for a model that sees more than 880 × 880 pixels, where small photos count for more than they have.
+        version, replicas: version or alias (by default `default`); machines, from start to end: jobs do not autoscale.
+        batch_size: photos in one request, by default as many as the container takes by their bytes and pixels; a
+            model that sees more than 880 × 880 pixels takes fewer small ones.
         max_pixels: what the container takes in one request, where the model's configuration says another number.
-        service_account, kms_key: who the container is (by default nobody with rights), Cloud KMS's key for the job.
+        service_account, kms_key: who the container is (by default nobody with rights), key for what the job keeps.
         parameters: the server's `format`, `size` and `top`.
 
     Raises:
@@ -99,7 +97,7 @@ def batch(
         labels=labels,
         create_request_timeout=60,
         starting_replica_count=replicas,
-        max_replica_count=replicas,  # not looked at
+        max_replica_count=replicas,
         machine_type=machine or carrier,
         accelerator_type=gpu,
         accelerator_count=1 if gpu else None,
