@@ -5,6 +5,7 @@
 #   docker build -t fastunet --build-arg SERVER=uvicorn .        without TorchServe and Java: Starlette on uvicorn serves
 #   docker build -t fastunet --build-arg RUNTIME=openvino .      for archives of OpenVINO alone: on uvicorn and without
 #                                                                PyTorch, a tenth of the size
+#   docker build … --build-arg BULK=1 .                          also a node of a Ray cluster: see deployment/kuberay.yaml
 #
 # TORCH_BACKEND is one of torch-builds.txt, which names the versions and the NVIDIA driver that each needs; `pypi` is
 # PyTorch as PyPI has it, with CUDA 13. PyPI's is also taken, and the build says so, where the build for the CPU cannot
@@ -23,11 +24,13 @@ ARG RUNTIME=all
 ARG TORCH_BACKEND=cpu
 ARG TORCH_FALLBACK=yes
 ARG SERVER=torchserve
+ARG BULK=
 ENV UV_SYSTEM_CERTS=true UV_COMPILE_BYTECODE=true UV_LINK_MODE=copy UV_CACHE_DIR=/var/cache/uv
-COPY deployment/requirements.txt deployment/requirements-openvino.txt constraints.txt torch-builds.txt ./
+COPY deployment/requirements*.txt constraints.txt torch-builds.txt ./
 # Of the CUDA packages each build of PyTorch pins its own versions. Triton goes again: it is a compiler of 1 GB that calls
 # a C compiler in its turn, and the image has none. No runtime needs it. Of OpenVINO, what computes on
 # CPUs and reads its own files stays: the other half is for other devices and formats, and for C++.
+# KubeRay submits a job through the dashboard of ray[default], and asks with wget whether a node is well.
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     --mount=type=secret,id=uv,target=/etc/uv/uv.toml \
     --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
@@ -40,6 +43,7 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     && if [ ! -s torch.txt ]; then echo "torch-builds.txt has no build $TORCH_BACKEND" >&2; exit 1; fi \
     && if [ "$SERVER" != torchserve ]; then sed -i '/^torchserve/d' requirements.txt; fi \
     && if [ "$RUNTIME" = openvino ]; then mv requirements-openvino.txt requirements.txt; fi \
+    && if [ "$BULK" ]; then { grep -v '^-r' requirements-bulk.txt; echo 'ray[default]'; } >> requirements.txt; fi \
     && install() { \
          /opt/uv/bin/uv pip install --python /opt/venv --requirements requirements.txt --constraints pins.txt \
              --overrides torch.txt "$@"; \
@@ -59,9 +63,10 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
 FROM ${BASE}
 ARG RUNTIME=all
 ARG SERVER=torchserve
+ARG BULK=
 RUN apt-get update \
     && if [ "$RUNTIME-$SERVER" = all-torchserve ]; then java=openjdk-17-jre-headless; fi \
-    && apt-get install -y --no-install-recommends ca-certificates $java python3 \
+    && apt-get install -y --no-install-recommends ca-certificates $java python3 ${BULK:+wget} \
     && apt-get clean && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 1000 --create-home serve
 COPY --from=build /opt/venv /opt/venv

@@ -1,8 +1,8 @@
 """What photos cost on Google Cloud: `python -m benchmark.cost` prints it, of measured rates and the prices below.
 
 The rates of the CPU are the best in results.json that int8 reached on two cores, on the processor named there, and
-stand for machines of two vCPUs: n2 has VNNI, n1 has not. Those of the GPUs are in gpu_results.json, where
-`benchmark.gpu` ran on such a card.
+stand for machines of two vCPUs: n2 has VNNI, n1 has not. That of bulk is in bulk_results.json. Those of the GPUs are in
+gpu_results.json, where `benchmark.gpu` ran on such a card.
 """
 
 import json
@@ -17,6 +17,7 @@ HOURLY = {  # https://cloud.google.com/vertex-ai/pricing, custom-trained models,
     "n1-standard-2": 0.1095,
     "n1-standard-4": 0.2190,
     "n2-standard-2": 0.1117,  # Compute Engine's 0.0971, plus the 15 % that the service adds to n1's price too
+    "n2-standard-2, Compute Engine": 0.0971,
     "T4": 0.4025,  # on top of its machine
     "g2-standard-4": 0.8129,  # with its L4
 }
@@ -61,14 +62,18 @@ def cloud_run(gibibytes: float) -> float:
     return 3600 * (2 * CLOUD_RUN["vCPU second"] + gibibytes * CLOUD_RUN["GiB second"])
 
 
-def ways(torchserve: float | None, uvicorn: float | None, t4: float | None, l4: float | None) -> list[Way]:
-    """`torchserve` and `uvicorn` are rates of int8 on a CPU: of the default image, and of that with OpenVINO alone."""
+def ways(
+    torchserve: float | None, uvicorn: float | None, bulk: float | None, t4: float | None, l4: float | None
+) -> list[Way]:
+    """`torchserve` and `uvicorn` are rates of int8 on a CPU: of the default image, and of that with OpenVINO alone;
+    `bulk` is that of `deployment.bulk`."""
     n2, requests = HOURLY["n2-standard-2"], CLOUD_RUN["million requests"]
     return [
         Way("endpoint, n2-standard-2, TorchServe image", n2, torchserve),
         Way("endpoint, n2-standard-2, OpenVINO image", n2, uvicorn),
         Way("endpoint, T4 (n1-standard-4)", HOURLY["n1-standard-4"] + HOURLY["T4"], t4),
         Way("endpoint, L4 (g2-standard-4)", HOURLY["g2-standard-4"], l4),
+        Way("bulk, n2-standard-2, one machine or many", HOURLY["n2-standard-2, Compute Engine"], bulk, False),
         Way("batch job, n2-standard-2, OpenVINO image", n2, uvicorn, False),
         Way("Cloud Run, 2 vCPU, 4 GiB, TorchServe image", cloud_run(4), torchserve, False, requests),
         Way("Cloud Run, 2 vCPU, 1 GiB, OpenVINO image", cloud_run(1), uvicorn, False, requests),
@@ -92,7 +97,8 @@ def table(rows: list[Way]) -> str:
 def main() -> None:
     gpus, cpu = read(HERE / "gpu_results.json"), read(HERE / "results.json")
     rates = [cpu_rate(cpu, server) for server in ("openvino-int8", "uvicorn-int8")]
-    print(table(ways(*rates, gpu_rate(gpus, "T4"), gpu_rate(gpus, "L4"))))
+    bulk = read(HERE / "bulk_results.json").get("small", {}).get("bulk", {}).get("rate")
+    print(table(ways(*rates, bulk, gpu_rate(gpus, "T4"), gpu_rate(gpus, "L4"))))
     print(f"\nCPU rates measured on: {cpu.get('machine', 'nothing yet, run `make bench`')}.")
     print(
         f"\nList prices of {PRICES_OF}, us-central1, for machines that are fully busy; an endpoint costs all day, "

@@ -4,6 +4,7 @@ import io
 import logging
 import math
 import os
+import sys
 import tempfile
 import time
 import zipfile
@@ -13,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow as pa
 import ray
 from pyarrow.fs import FileSystem
+from ray._private import ray_constants
 
 from .handler import Handler
 from .runtime import cores, memory_limit
@@ -58,11 +60,22 @@ class Answers:
         return row
 
 
+def keep_terminal_clean() -> None:
+    """From now on Python alone writes to the terminal: Ray's core writes to stderr itself, whatever its log level."""
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
 def start_ray(address: str | None) -> tuple[int, int]:
     """Connect to the cluster at `address`, else start Ray here; returns how many actors, and the cores of each."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     here = {"num_cpus": cores(), "object_store_memory": max(memory_limit() // 8, 100 * 2**20)}
-    here |= {"include_dashboard": False, "_node_ip_address": "127.0.0.2"}  # Ray replaces 127.0.0.1 by a public address
+    if not address:
+        here["include_dashboard"] = False
+        # Of any address Ray makes this machine's public one, unless it believes that it cannot be part of a cluster.
+        ray_constants.ENABLE_RAY_CLUSTER = False
+        os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+        os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
     ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **({} if address else here))
     settings = ray.data.DataContext.get_current()
     settings.enable_progress_bars, settings.target_max_block_size = False, BLOCK_BYTES
@@ -100,6 +113,5 @@ def compute(
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=actors, enable_true_multi_threading=True, **calls),
         num_cpus=0.4 * threads,  # in Ray's books: the rest is for tasks that read, and for actors of a lost machine
-        scheduling_strategy="SPREAD",
-        max_task_retries=2,
+        ray_remote_args_fn=lambda: {"scheduling_strategy": "SPREAD", "max_task_retries": 2},
     ).iter_batches(batch_size=None, batch_format="pyarrow")

@@ -21,7 +21,7 @@ except ImportError as missing:
     sys.exit(2)
 
 from . import tables
-from .actors import compute, start_ray
+from .actors import compute, keep_terminal_clean, start_ray
 from .archive import find_archive
 from .config import read_config
 from .protocol import SIZES, Rejected, read_options
@@ -112,4 +112,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    keep_terminal_clean()
     main()

@@ -30,7 +30,13 @@ from deployment.protocol import Request
 from deployment.server.processes import free_ports
 
 # The command, which writes a file whenever there are answers: a run as short as the tests' would write one at its end.
-COMMAND = "import sys; from deployment import bulk, tables; tables.FILE_SECONDS = float(sys.argv.pop(1)); bulk.main()"
+COMMAND = """
+import sys
+from deployment import bulk, tables
+tables.FILE_SECONDS = float(sys.argv.pop(1))
+bulk.keep_terminal_clean()
+bulk.main()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +178,7 @@ def open_ports(family: list[psutil.Process]) -> list:
     """What of `family` can be reached from outside this machine."""
     pids = {process.pid for process in family}
     listening = [c for c in psutil.net_connections("tcp") if c.pid in pids and c.status == "LISTEN"]
-    return [c for c in listening if not c.laddr.ip.startswith("127.") and c.laddr.ip != "::1"]
+    return [c for c in listening if not c.laddr.ip.removeprefix("::ffff:").startswith("127.")]
 
 
 OPENER = """

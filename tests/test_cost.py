@@ -6,11 +6,12 @@ from benchmark import cost
 
 
 def test_the_sums():
-    torchserve, uvicorn, *_, batch, run, small = cost.ways(50.0, 100.0, None, None)
+    torchserve, uvicorn, _, _, bulk, batch, run, small = cost.ways(50.0, 100.0, 25.0, None, None)
     hours = 1e6 / 100 / 3600
     assert uvicorn.per_million() == pytest.approx(hours * 0.1117) == torchserve.per_million() / 2
     assert uvicorn.per_million(0.1) == pytest.approx(10 * hours * 0.1117)  # it is paid for all day
     assert batch.per_million(0.1) == batch.per_million() == pytest.approx(hours * 0.1117)
+    assert bulk.per_million(0.1) == pytest.approx(4 * hours * 0.0971)
     assert run.per_million() == pytest.approx(2e4 * (2 * 0.000024 + 4 * 0.0000025) + 0.40)
     assert small.per_million() == pytest.approx(1e4 * (2 * 0.000024 + 1 * 0.0000025) + 0.40)
 
@@ -26,5 +27,5 @@ def test_rates_come_from_what_was_measured():
 
 
 def test_what_was_not_measured_is_said():
-    text = cost.table(cost.ways(50.0, 50.0, None, None))
-    assert text.count("not measured") == 2 and "endpoint, T4" in text
+    text = cost.table(cost.ways(50.0, 50.0, None, None, None))
+    assert text.count("not measured") == 3 and "endpoint, T4" in text

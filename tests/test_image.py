@@ -258,7 +258,7 @@ def test_holds_what_serving_needs_and_no_more(image, kind, container):
         modules = {str(p.relative_to(ROOT)) for folder in (".", "runtime", "server")
                    for p in (ROOT / "deployment" / folder).glob("*.py")}  # fmt: skip
         others = {"model_store/fastunet.mar"}
-        others |= {f"deployment/requirements{which}.txt" for which in ("", "-openvino")}
+        others |= {f"deployment/requirements{which}.txt" for which in ("", "-openvino", "-bulk")}
         assert files == modules | {f"deployment/server/{name}" for name in settings} | others
         packages = {p.name.split("-")[0] for p in (root / "opt/venv").rglob("*.dist-info")}
         assert {"openvino", "starlette", "uvicorn"} <= packages

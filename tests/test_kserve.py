@@ -40,7 +40,7 @@ def check(value, kind, path):
             check(item, model.openapi_types[fields[name]], f"{path}.{name}")
         model(**{fields[name]: item for name, item in value.items()})  # raises for a required field that is missing
 
-check(json.load(sys.stdin), "V1beta1InferenceService", "")
+check(json.load(sys.stdin), sys.argv[1], "")
 """
 
 
@@ -55,14 +55,18 @@ def test_agrees_with_the_image():
     assert 1 <= PREDICTOR["minReplicas"] <= PREDICTOR["maxReplicas"]
 
 
+def problem(resource: dict, kind: str) -> str:
+    """What does not fit the type `kind` in `resource`; empty where all does."""
+    uv = [shutil.which("uv")] if shutil.which("uv") else [sys.executable, "-m", "uv"]
+    python = [*uv, "run", "--quiet", "--no-project", "--isolated", "--with", KSERVE, "python", "-c", CHECK, kind]
+    return subprocess.run(python, input=json.dumps(resource), capture_output=True, text=True).stderr.strip()
+
+
 @pytest.mark.image  # with the image's tests, as it fetches a package
 def test_fits_the_published_schema():
-    uv = [shutil.which("uv")] if shutil.which("uv") else [sys.executable, "-m", "uv"]
-    python = [*uv, "run", "--quiet", "--no-project", "--isolated", "--with", KSERVE, "python", "-c", CHECK]
+    def found(predictor: dict) -> str:
+        return problem(SERVICE | {"spec": {"predictor": PREDICTOR | predictor}}, "V1beta1InferenceService")
 
-    def problem(service: dict) -> str:
-        return subprocess.run(python, input=json.dumps(service), capture_output=True, text=True).stderr.strip()
-
-    assert problem(SERVICE) == ""
-    assert "has no field minReplica" in problem(SERVICE | {"spec": {"predictor": PREDICTOR | {"minReplica": 1}}})
-    assert "'4' is no int" in problem(SERVICE | {"spec": {"predictor": PREDICTOR | {"maxReplicas": "4"}}})
+    assert found({}) == ""
+    assert "has no field minReplica" in found({"minReplica": 1})
+    assert "'4' is no int" in found({"maxReplicas": "4"})

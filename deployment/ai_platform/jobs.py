@@ -61,26 +61,20 @@ def batch(
 ) -> str:
     """Runs a batch prediction job; returns the `gs://` folder below `destination` that holds its results.
 
-    The job brings its own machines and needs no endpoint. It may succeed with errors among its rows: see `error_in`.
-    Its rows come in no order: `named` tells which image each belongs to.
+    It needs no endpoint. Its rows come in no order, errors among them: `named` tells whose they are, `error_in` why.
 
     Args:
-        source: image files, sent to `destination` as JSONL first, and `gs://….jsonl` files of such lines, `{"b64": …}`
-            each; or `gs://` folders of images, which the service reads where they are, with a list in `destination`.
-        version: version or alias, by default `default`.
-        replicas: machines, from the start to the end: batch jobs do not autoscale.
-        batch_size: photos in one request; by default as many as the container takes, whichever they are. Lines in
-            Cloud Storage are read through for that; of images there the size of each file counts, and the pixels of
-            the largest. Set it for a model that sees more than 880 × 880 pixels, where small photos count for more
-            than they have.
+        source: image files, sent to `destination` as lines first, and `gs://….jsonl` files of lines, `{"b64": …}`
+            each; or `gs://` folders of images, which the service reads where they are.
+        version, replicas: version or alias (by default `default`); machines, from start to end: jobs do not autoscale.
+        batch_size: photos in one request, by default as many as the container takes by their bytes and pixels; a
+            model that sees more than 880 × 880 pixels takes fewer small ones.
         max_pixels: what the container takes in one request, where the model's configuration says another number.
-        service_account, kms_key, labels: who the container is (by default nobody with rights in the project), the key
-            of Cloud KMS that encrypts what the job keeps, its labels.
-        parameters: the server's `format` and `size`.
+        service_account, kms_key: who the container is (by default nobody with rights), key for what the job keeps.
+        parameters: the server's `format`, `size` and `top`.
 
     Raises:
-        ValueError: there is no photo, a photo alone is larger than the container takes, the version needs a GPU, or
-            `source` has both folders of images and others.
+        ValueError: there is no photo, one is too large, the version needs a GPU, or `source` mixes both kinds.
         FileNotFoundError: there is no such file, here or in Cloud Storage.
         RuntimeError: the job failed, expired or was cancelled.
     """
@@ -90,8 +84,6 @@ def batch(
     gpu, carrier = ACCELERATORS[accelerator]
     check_gpu(model, gpu)
     inputs = gather(source, destination, None if batch_size else max_pixels)
-    machines = {"machine_type": machine or carrier, "accelerator_type": gpu, "accelerator_count": 1 if gpu else None}
-    machines |= {"starting_replica_count": replicas, "max_replica_count": replicas}  # the latter is not looked at
     job = aiplatform.BatchPredictionJob.submit(
         job_display_name=name,
         model_name=model.versioned_resource_name,
@@ -104,7 +96,11 @@ def batch(
         encryption_spec_key_name=kms_key,
         labels=labels,
         create_request_timeout=60,
-        **machines,
+        starting_replica_count=replicas,
+        max_replica_count=replicas,
+        machine_type=machine or carrier,
+        accelerator_type=gpu,
+        accelerator_count=1 if gpu else None,
     )
     return wait_for(job, model.version_id)
 
