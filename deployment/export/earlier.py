@@ -10,7 +10,7 @@ import dataclasses
 import importlib
 
 PACKAGES = ("fastai", "fastcore")  # whose names have moved from module to module
-GONE = ("fastcore.transform", "fastcore.dispatch")  # modules that today's fastcore has no more
+GONE = ("fastcore.transform", "fastcore.dispatch")  # modules of fastcore until 1.7
 
 
 @dataclasses.dataclass(frozen=True)
