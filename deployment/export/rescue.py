@@ -28,7 +28,6 @@ from .unpickle import Found
 BOUND, PIXELS = 1e-4, 1e-3
 CPU_INDEX = "https://download.pytorch.org/whl/cpu/torch/"
 
-
 Prove = Callable[[object, torch.nn.Module, list[Path], int], str]  # what `load_rescued` returns second
 
 
@@ -67,28 +66,30 @@ def prove_earlier(path: Path, found: Found, learner, model: torch.nn.Module, ima
     if apart == 0:
         text = there + "the same from file to answer, bit for bit"
     else:
-        text = there + f"the network's values are within {apart:.1g} of the largest one ({BOUND:g} is allowed)"
+        text = there + f"all values are within {apart:.1g} of the largest one ({BOUND:g} is allowed)"
         text += f", {pixels:.2%} of a mask's pixels differ" if pixels else ", the same answers"
     print(text)
     return text
 
 
 def compare(name: str, theirs: Steps, ours: Steps, pair: Pair) -> tuple[float, float]:
-    """How far the logits of an image are apart, of the largest one, and the share of decisions that differ.
+    """How far the values of an image are apart, of the largest one, and the share of decisions that differ.
 
     Raises:
         ExportError: more than other versions of torch explain.
     """
-    where = f"{name}: under fastai {pair.fastai} with torch {pair.torch}"
-    if not torch.equal(torch.as_tensor(theirs.item), torch.as_tensor(own_types(ours.item))):
-        raise ExportError(f"{where} the image after the item transforms is another one")
-    if distance(theirs.x, ours.x) > BOUND:
-        raise ExportError(f"{where} the image after the batch transforms is another one")
-    apart = max(distance(theirs.logits, ours.logits), distance(theirs.values, ours.values))
-    if not apart <= BOUND:
-        raise ExportError(
-            f"{where} the network's values differ by {apart:.2g} of the largest one, {BOUND:g} is allowed"
-        )
+    where, apart = f"{name}: under fastai {pair.fastai} with torch {pair.torch}", 0.0
+    if not torch.equal(theirs.item, own_types(ours.item)):
+        raise ExportError(f"{where} the pixels after the item transforms differ")
+    for what, there, here in (
+        ("the pixels after the batch transforms", theirs.x, ours.x),
+        ("the network's values", theirs.logits, ours.logits),
+        ("the values after the activation", theirs.values, ours.values),
+    ):
+        share = distance(there, here)
+        if not share <= BOUND:  # NaN is not
+            raise ExportError(f"{where} {what} differ by {share:.2g} of the largest one, {BOUND:g} is allowed")
+        apart = max(apart, share)
     decided = ours.decided
     if decided.is_floating_point():
         different, allowed = float(distance(theirs.decided, decided) > BOUND), 0.0
