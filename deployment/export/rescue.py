@@ -173,10 +173,11 @@ def reachable(address: str) -> bool:
 
 
 def uv(*arguments, what: str) -> None:
-    """Run uv; raises ExportError with `what` and the end of what uv says where it fails."""
+    """Run uv; raises ExportError with `what` and what uv says, in one line, where it fails."""
     done = subprocess.run([sys.executable, "-m", "uv", *arguments, "--quiet"], capture_output=True, text=True)
     if done.returncode:
-        raise ExportError(f"{what}: {last_line(done.stderr)}")
+        reason = " ".join(done.stderr.removeprefix("error: ").split())
+        raise ExportError(f"{what}: {reason[:300]}")
 
 
 def last_line(text: str) -> str:
