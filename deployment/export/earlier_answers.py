@@ -1,4 +1,4 @@
-"""What a learner answers under the fastai that made it: `python earlier_answers.py LEARNER.pkl IMAGES.json SKIP OUT.pt`.
+"""What a learner answers under its own fastai: `python earlier_answers.py LEARNER.pkl IMAGES.json SKIP OUT.pt`.
 
 `rescue.py` runs this file in an environment with an earlier fastai, on Python 3.8 or newer. It writes, with
 `torch.save`, what `predict_file` has for each image, in torch's and Python's own types alone. What keeps the learner
