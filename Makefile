@@ -67,7 +67,7 @@ HASH := $(subst x,[0-9a-f],xxxxxxxx)
 clean: ## remove what the pipeline wrote; keep the environment, and your own files in data/ and model_store/
 	rm -rf data/scenes-$(HASH) data/.scenes-$(HASH)-*
 	rm -rf model_store/learner.pkl model_store/learner.part model_store/model-config.yaml model_store/expected_mask.png
-	rm -rf model_store/fastunet.* model_store/first model_store/0[1-5]_*.ipynb
+	rm -rf model_store/fastunet.* model_store/MODEL_CARD.md model_store/first model_store/0[1-5]_*.ipynb
 	rm -rf model_store/.export-* model_store/.archive-* model_store/.model-config.yaml.part
 	rm -rf .pytest_cache .ruff_cache .hypothesis
 

@@ -369,7 +369,11 @@ def learner_file(data, tmp_path_factory) -> Path:
         (b"", "cannot be loaded as a learner"),
         (b"hello, this is no pickle", "cannot be loaded as a learner"),
         (pickle.dumps({"not": "a learner"}), "cannot be loaded as a learner"),
-        (b"\x80\x02cfastcore.dispatch\nTypeDispatch\n.", "from a fastai older than 2.8"),
+        (b"\x80\x02cfastcore.dispatch\nTypeDispatch\n.", "from a fastai before 2.8, and cannot be opened"),
+        (
+            b"\x80\x02}X\x03\x00\x00\x00clscfastai.basic_train\nLearner\ns.",
+            "is from fastai 1 (it names",
+        ),
         ("truncated", "cannot be loaded as a learner"),
         ("state dict", "weights only"),
         ("module", "cannot be loaded as a learner"),

@@ -12,6 +12,7 @@ WRITTEN = [
     "model_store/learner.pkl",
     *(f"model_store/fastunet.{kind}" for kind in ("pth", "pt2", "xml", "bin", "onnx", "mar", "part.xml")),
     "model_store/model-config.yaml",
+    "model_store/MODEL_CARD.md",
     "model_store/expected_mask.png",
     "model_store/first/first.mar",
     "model_store/03_TorchServe.ipynb",

@@ -18,8 +18,8 @@ GIVES = {
     "segmentation": "a class for each pixel",
     "classification": "one class of an image, and the probability of each",
     "multi-label": "each class whose probability is above {threshold}, and all probabilities",
-    "regression": "{n} values of an image",
-    "points": "{n} points in an image",
+    "regression": "numbers for an image, {n} of them",
+    "points": "points in an image, {n} of them",
 }
 
 

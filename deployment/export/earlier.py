@@ -10,7 +10,7 @@ import dataclasses
 import importlib
 
 PACKAGES = ("fastai", "fastcore")  # whose names have moved from module to module
-GONE = ("fastcore.transform", "fastcore.dispatch")  # modules that today's fastcore has no more
+GONE = ("fastcore.transform", "fastcore.dispatch")  # modules of fastcore until 1.7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +42,8 @@ def refusal(named: set) -> str:
     pair = likely_pairs(named)[0]
     return (
         "is from a fastai before 2.8: add --rescue, which opens it here and proves it against fastai "
-        f"{pair.fastai} with torch {pair.torch}, for which uv makes an environment (on Linux up to {pair.gigabytes:g} GB "
-        "to download, far less where PyTorch's index of builds for CPUs answers, and on macOS and Windows)"
+        f"{pair.fastai} with torch {pair.torch}, for which uv makes an environment (on Linux up to {pair.gigabytes:g} "
+        "GB to download, far less where PyTorch's index of builds for CPUs answers, and on macOS and Windows)"
     )
 
 

@@ -1,4 +1,4 @@
-"""What a learner answers under the fastai that made it: `python earlier_answers.py LEARNER.pkl OUT.pt SKIP IMAGE…`.
+"""What a learner answers under its own fastai: `python earlier_answers.py LEARNER.pkl IMAGES.json SKIP OUT.pt`.
 
 `rescue.py` runs this file in an environment with an earlier fastai, on Python 3.8 or newer. It writes, with
 `torch.save`, what `predict_file` has for each image, in torch's and Python's own types alone. What keeps the learner
@@ -7,6 +7,7 @@ from being opened is the last line on stderr.
 
 from __future__ import annotations
 
+import json
 import sys
 import types
 import warnings
@@ -49,18 +50,17 @@ def accept_pickle_module() -> None:
     fastai_load, learner.load_learner = learner.load_learner, load_learner
 
 
-def main(learner: str, out: str, skip: str, *images: str) -> None:
+def main(learner: str, images: str, skip: str, out: str) -> None:
     make_package()
     accept_pickle_module()
     from earlier_export.learner import open_learner
     from earlier_export.predict import predict_file
 
     learner, _ = open_learner(learner)
-    answers = {}
-    for path in images:
+    answers = []
+    for path in json.loads(Path(images).read_text(encoding="utf-8")):
         steps = predict_file(learner, learner.model, Path(path), int(skip))
-        values = {name: own_types(value) for name, value in vars(steps).items() if name != "opened"}
-        answers[Path(path).name] = values
+        answers.append({name: own_types(value) for name, value in vars(steps).items() if name != "opened"})
     torch.save(answers, out)
 
 

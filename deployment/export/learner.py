@@ -14,7 +14,12 @@ import torch
 from . import earlier
 from .unpickle import Found, Missing, lenient_pickle
 
-FASTAI_1 = ("fastai.basic_train", "fastai.basic_data", "fastai.data_block", "fastai.vision.image", "fastai.vision.data")
+FASTAI_1 = (
+    "fastai.basic_train",
+    "fastai.basic_data",
+    "fastai.data_block",
+    "fastai.vision.image",
+)  # modules of it alone
 
 
 class ExportError(Exception):
@@ -84,6 +89,12 @@ def why_not(error: Exception, found: Found) -> str:
         return (
             f"is from fastai 1 (it names {first}), whose learners no fastai from 2.0 on opens: make the same learner "
             "with today's, and train it or load the weights of the old network into it"
+        )
+    if found.is_earlier():
+        return (
+            f"is from a fastai before 2.8, and cannot be opened by {here} ({reason}): where `pip install 'fastai<2.8'` "
+            "is, call load_learner(FILE).save('weights'); here, make the same learner, learn.load('weights'), "
+            "learn.export()"
         )
     if found.python and found.python != f"{sys.version_info.major}.{sys.version_info.minor}":
         return f"was pickled under Python {found.python} and cannot be loaded by {here}: use that Python ({reason})"

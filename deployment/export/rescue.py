@@ -7,6 +7,7 @@ predicts the proof's images.
 
 import functools
 import importlib.metadata
+import json
 import subprocess
 import sys
 import tempfile
@@ -26,13 +27,13 @@ from .unpickle import Found
 
 # What another version of torch may make of the same numbers: a share of the largest of them, and of a mask's pixels.
 BOUND, PIXELS = 1e-4, 1e-3
+IMAGES = 100  # that are compared, at most
 CPU_INDEX = "https://download.pytorch.org/whl/cpu/torch/"
-
 
 Prove = Callable[[object, torch.nn.Module, list[Path], int], str]  # what `load_rescued` returns second
 
 
-def load_rescued(path: Path | str) -> tuple:
+def load_rescued(path: Path | str) -> tuple[object, Prove | None]:
     """The learner in the file at `path`, and what proves it; that is None for a learner of today's fastai.
 
     Raises:
@@ -57,38 +58,40 @@ def prove_earlier(path: Path, found: Found, learner, model: torch.nn.Module, ima
     Raises:
         ExportError: no environment could be made, none opens the learner, or the answers differ.
     """
+    images = images[:IMAGES]
     pair, answers = ask(path, found, images, skip)
     apart, pixels = 0.0, 0.0
-    for image in images:
-        ours, theirs = predict_file(learner, model, image, skip), Steps(None, **answers[image.name])
-        differences = compare(image.name, theirs, ours, pair)
+    for image, answer in zip(images, answers, strict=True):
+        differences = compare(image.name, Steps(None, **answer), predict_file(learner, model, image, skip), pair)
         apart, pixels = max(apart, differences[0]), max(pixels, differences[1])
     there = f"proven on {len(images)} images against fastai {pair.fastai} with torch {pair.torch}: "
     if apart == 0:
         text = there + "the same from file to answer, bit for bit"
     else:
-        text = there + f"the network's values are within {apart:.1g} of the largest one ({BOUND:g} is allowed)"
+        text = there + f"all values are within {apart:.1g} of the largest one ({BOUND:g} is allowed)"
         text += f", {pixels:.2%} of a mask's pixels differ" if pixels else ", the same answers"
     print(text)
     return text
 
 
 def compare(name: str, theirs: Steps, ours: Steps, pair: Pair) -> tuple[float, float]:
-    """How far the logits of an image are apart, of the largest one, and the share of decisions that differ.
+    """How far the values of an image are apart, of the largest one, and the share of decisions that differ.
 
     Raises:
         ExportError: more than other versions of torch explain.
     """
-    where = f"{name}: under fastai {pair.fastai} with torch {pair.torch}"
-    if not torch.equal(torch.as_tensor(theirs.item), torch.as_tensor(own_types(ours.item))):
-        raise ExportError(f"{where} the image after the item transforms is another one")
-    if distance(theirs.x, ours.x) > BOUND:
-        raise ExportError(f"{where} the image after the batch transforms is another one")
-    apart = max(distance(theirs.logits, ours.logits), distance(theirs.values, ours.values))
-    if not apart <= BOUND:
-        raise ExportError(
-            f"{where} the network's values differ by {apart:.2g} of the largest one, {BOUND:g} is allowed"
-        )
+    where, apart = f"{name}: under fastai {pair.fastai} with torch {pair.torch}", 0.0
+    if not torch.equal(theirs.item, own_types(ours.item)):
+        raise ExportError(f"{where} the pixels after the item transforms differ")
+    for what, there, here in (
+        ("the pixels after the batch transforms", theirs.x, ours.x),
+        ("the network's values", theirs.logits, ours.logits),
+        ("the values after the activation", theirs.values, ours.values),
+    ):
+        share = distance(there, here)
+        if not share <= BOUND:  # NaN is not
+            raise ExportError(f"{where} {what} differ by {share:.2g} of the largest one, {BOUND:g} is allowed")
+        apart = max(apart, share)
     decided = ours.decided
     if decided.is_floating_point():
         different, allowed = float(distance(theirs.decided, decided) > BOUND), 0.0
@@ -114,16 +117,18 @@ def distance(theirs: torch.Tensor, ours: torch.Tensor) -> float:
     return ((theirs - ours).abs().max() / largest).item()
 
 
-def ask(path: Path, found: Found, images: list[Path], skip: int) -> tuple[Pair, dict]:
+def ask(path: Path, found: Found, images: list[Path], skip: int) -> tuple[Pair, list[dict]]:
     """What the learner in the file at `path` answers under the first of the likely pairs that opens it."""
     packages = own_packages(found)
     for pair in likely_pairs(found.named):
         with tempfile.TemporaryDirectory(prefix="rescue-") as folder:
             start = time.monotonic()
-            python, out = make_environment(pair, Path(folder, "env"), packages), Path(folder, "answers.pt")
+            python = make_environment(pair, Path(folder, "env"), packages)
             print(f"that took {time.monotonic() - start:.0f} s")
+            listing, out = Path(folder, "images.json"), Path(folder, "answers.pt")
+            listing.write_text(json.dumps([str(image.absolute()) for image in images]), encoding="utf-8")
             script = Path(__file__).with_name("earlier_answers.py")
-            command = [python, script, path.absolute(), out, str(skip), *(image.absolute() for image in images)]
+            command = [python, script, path.absolute(), listing, str(skip), out]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode == 0:
                 return pair, torch.load(out, weights_only=True)
@@ -172,10 +177,11 @@ def reachable(address: str) -> bool:
 
 
 def uv(*arguments, what: str) -> None:
-    """Run uv; raises ExportError with `what` and the end of what uv says where it fails."""
+    """Run uv; raises ExportError with `what` and what uv says, in one line, where it fails."""
     done = subprocess.run([sys.executable, "-m", "uv", *arguments, "--quiet"], capture_output=True, text=True)
     if done.returncode:
-        raise ExportError(f"{what}: {last_line(done.stderr)}")
+        reason = " ".join(done.stderr.removeprefix("error: ").split())
+        raise ExportError(f"{what}: {reason[:300]}")
 
 
 def last_line(text: str) -> str:
