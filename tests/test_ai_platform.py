@@ -372,13 +372,14 @@ def test_a_running_version_is_scaled_in_place(service, monkeypatch, capsys):
 
 
 def test_fetch_leaves_out_what_lies_in_subfolders(service):
-    for path in ("fastunet.mar", "old/fastunet.mar", "old/street.mar", "fastunet.mar.bak"):
+    for path in ("fastunet.mar", "fastunet.mar.sha256", "old/fastunet.mar", "old/street.mar", "fastunet.mar.bak"):
         for folder in ("", "models/"):  # at the top of the bucket, and in a folder
             storage.Client().bucket("local-bucket").blob(folder + path).upload_from_string(folder + path)
     for folder in ("", "models/"):
         for name in (None, "fastunet"):
-            [archive] = fetch(f"gs://local-bucket/{folder}", name).iterdir()
-            assert archive.name == "fastunet.mar" and archive.read_text() == f"{folder}fastunet.mar"
+            fetched = sorted(fetch(f"gs://local-bucket/{folder}", name).iterdir())
+            assert [file.name for file in fetched] == ["fastunet.mar", "fastunet.mar.sha256"]
+            assert [file.read_text() for file in fetched] == [f"{folder}{file.name}" for file in fetched]
     with pytest.raises(FileNotFoundError, match="no archive street.mar in gs://local-bucket/models"):
         fetch("gs://local-bucket/models", "street")
 
