@@ -2,7 +2,7 @@
 # checkout may lie anywhere.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test serve page page-test cloud-check bench gpu-check soak image image-test notebooks lint clean
+.PHONY: help demo test coverage serve page page-test cloud-check bench gpu-check soak image image-test notebooks lint clean
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # What Python compiles of .venv is kept there, whatever the shell says: it halves the start of everything after the first.
@@ -25,6 +25,9 @@ demo: .venv/installed ## train, transfer, archive, serve and call: DATA=scenes|c
 
 test: .venv/installed ## run the tests, two at a time
 	@$(PY) -m pytest -n 2 --dist worksteal
+
+coverage: .venv/installed ## run the tests, and show how much of deployment/ they reach; the floor is in pyproject.toml
+	@$(PY) -m pytest -n 2 --dist worksteal --cov
 
 serve: .venv/installed ## serve the archive in model_store/ on 127.0.0.1: SERVER=torchserve|uvicorn NAME= PORT= MANAGEMENT_PORT= METRICS_PORT= AUTH=1
 	@exec $(PY) -m deployment.serve --server $(SERVER) --port $(PORT) --management-port $(MANAGEMENT_PORT) --metrics-port $(METRICS_PORT) $(if $(NAME),--name $(NAME)) $(if $(AUTH),--auth)

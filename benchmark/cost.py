@@ -16,7 +16,7 @@ PRICES_OF = "2026-11-24"
 HOURLY = {  # https://cloud.google.com/vertex-ai/pricing, custom-trained models, online and batch
     "n1-standard-2": 0.1095,
     "n1-standard-4": 0.2190,
-    "n2-standard-2": 0.1117,  # Compute Engine's 0.0971, plus the 15 % that the service adds to n1's price too
+    "n2-standard-2": 0.1117,  # Compute Engine's 0.0971, plus the 15 % that the service adds to n1 and e2 too
     "n2-standard-2, Compute Engine": 0.0971,
     "T4": 0.4025,  # on top of its machine
     "g2-standard-4": 0.8129,  # with its L4

@@ -4,6 +4,7 @@ This is the one place that knows which files an archive needs.
 """
 
 import argparse
+import hashlib
 import os
 import re
 import shlex
@@ -90,7 +91,7 @@ def shown(path: Path) -> str:
 def make_archive(folder: Path | str, name: str = "fastunet", version: str = "1.0") -> Path:
     """Pack what the export wrote into `folder`, and the code that serves it; return the archive.
 
-    It appears whole or not at all. The command that does it is printed.
+    It appears whole or not at all, and beside it its digest, `check_digest`'s. The command that does it is printed.
 
     Raises:
         ArchiveError: a file is missing, or torch-model-archiver is, or it failed.
@@ -116,8 +117,40 @@ def make_archive(folder: Path | str, name: str = "fastunet", version: str = "1.0
         run = subprocess.run(command, env=os.environ | {"TMPDIR": scratch}, capture_output=True, text=True)
         if run.returncode:
             raise ArchiveError(f"torch-model-archiver failed: {(run.stderr.strip() or run.stdout.strip())[-500:]}")
-        os.replace(Path(scratch, target.name), target)
+        made, digest = Path(scratch, target.name), Path(scratch, "digest")
+        digest.write_text(f"{digest_of(made)}  {target.name}\n", encoding="utf-8")
+        digest_file(target).unlink(missing_ok=True)  # never one of another archive, whenever this ends
+        os.replace(made, target)
+        os.replace(digest, digest_file(target))
     return target
+
+
+def digest_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def digest_file(archive: Path) -> Path:
+    """Where the digest of `archive` lies: NAME.mar.sha256, in the form of `sha256sum`."""
+    return archive.with_name(f"{archive.name}.sha256")
+
+
+def check_digest(archive: Path) -> None:
+    """Compare `archive` with the digest beside it, where there is one.
+
+    Raises:
+        ValueError: it is another file than the one that was made, or only a part of it.
+    """
+    beside = digest_file(archive)
+    if beside.exists() and beside.read_text(encoding="utf-8").split()[:1] != [digest_of(archive)]:
+        raise ValueError(
+            f"{archive} is not the file that {beside.name} was made of: copy both again, or make the archive anew "
+            f"(`python -m deployment.archive`)"
+        )
 
 
 def set_batch_size(folder: Path | str, device: str) -> None:
@@ -186,7 +219,9 @@ def runtime_of(archive: Path) -> str:
 
 
 def fetch(uri: str, name: str | None = None) -> Path:
-    """A new folder with the archives in `uri`, a Cloud Storage folder `gs://BUCKET/FOLDER`, without its subfolders.
+    """A new folder with the archives in `uri`, a Cloud Storage folder `gs://BUCKET/FOLDER`, and their digests.
+
+    Subfolders are left out.
 
     Raises:
         FileNotFoundError: there is none; other errors are google-cloud-storage's own.
@@ -197,9 +232,10 @@ def fetch(uri: str, name: str | None = None) -> Path:
     bucket, _, prefix = uri.removeprefix("gs://").rstrip("/").partition("/")
     for blob in storage.Client().list_blobs(bucket, prefix=f"{prefix}/" if prefix else None, delimiter="/"):
         file = blob.name.rpartition("/")[2]
-        if file.endswith(".mar") and name in (None, file.removesuffix(".mar")):
+        archive = file.removesuffix(".sha256")
+        if archive.endswith(".mar") and name in (None, archive.removesuffix(".mar")):
             blob.download_to_filename(folder / file)
-    if not any(folder.iterdir()):
+    if not any(folder.glob("*.mar")):
         raise FileNotFoundError(f"no archive {name or '*'}.mar in {uri}")
     return folder
 
@@ -223,7 +259,7 @@ def main() -> None:
     except ArchiveError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"wrote {archive} ({archive.stat().st_size / 1e6:.0f} MB)")
+    print(f"wrote {archive} ({archive.stat().st_size / 1e6:.0f} MB) and its digest, {digest_file(archive).name}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import zipfile
 from pathlib import Path
 from urllib.parse import quote
 
-from .archive import fetch, find_archive, runtime_of
+from .archive import check_digest, fetch, find_archive, runtime_of
 from .server.front import open_when_ready
 from .server.processes import free_ports, own_folder, own_route, reserve_port
 from .server.torchserve import DIRECT, command, ignored_variables, is_ready, run
@@ -145,6 +145,7 @@ def main() -> None:
         if uri := os.environ.get("AIP_STORAGE_URI"):
             options.model_store = fetch(uri)
         archive, name = find_archive(options.model_store, options.name)
+        check_digest(archive)
         if options.require_gpu:
             os.environ["REQUIRE_GPU"] = "1"
         if os.environ.get("REQUIRE_GPU") == "1":

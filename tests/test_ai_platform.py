@@ -1,7 +1,9 @@
 """The Vertex AI client, through the unmodified SDK, against the stand-in and the real server behind it."""
 
 import base64
+import contextlib
 import inspect
+import io
 import json
 import logging
 import random
@@ -21,10 +23,10 @@ from google.rpc import error_details_pb2
 from PIL import Image
 
 from deployment import ai_platform
-from deployment.ai_platform import jobs, progress
+from deployment.ai_platform import jobs, online, progress
 from deployment.ai_platform.__main__ import main
 from deployment.ai_platform.advice import remedy
-from deployment.ai_platform.client import known_endpoints
+from deployment.ai_platform.client import ACCELERATORS, known_endpoints
 from deployment.archive import fetch
 from deployment.handler import Handler
 from deployment.runtime import cores
@@ -32,7 +34,7 @@ from deployment.server.torchserve import workers_and_threads
 from tests import cloud_check
 from tests.conftest import draw_photo, encoded, learner_masks
 from tests.test_gcloud import parsed
-from tests.vertex_stand_in import passes, vertex_ai
+from tests.vertex_stand_in import Container, as_v1beta1, check_machine, passes, vertex_ai
 
 # on uvicorn, which starts sooner; on TorchServe among the long tests
 LONG = pytest.param("torchserve", marks=pytest.mark.soak)
@@ -171,6 +173,14 @@ def test_large_photos_need_a_dedicated_endpoint(service, next_version, reference
         ai_platform.predict([large], name="large")
     with pytest.raises(exceptions.InvalidArgument, match="payload size"):
         endpoint.predict(ai_platform.request_body([large])["instances"])
+    with pytest.raises(ValueError, match="1.68 MB, and this endpoint takes 1.5 MB"):
+        ai_platform.predict_raw(large, name="large")
+    with pytest.raises(exceptions.InvalidArgument, match="payload size"):
+        raise online.refusal(400, endpoint.raw_predict(large, {"Content-Type": "image/png"}).text)
+    small = encoded(draw_photo(1))  # the SDK sends it to the API's public address
+    assert np.array_equal(ai_platform.mask(ai_platform.predict_raw(small, name="large")), reference("2", small))
+    picture = ai_platform.predict_raw(small, name="large", format="png")
+    assert np.array_equal(Image.open(io.BytesIO(picture)), reference("2", small))
     endpoint.delete(force=True)
     with pytest.raises(exceptions.NotFound):
         ai_platform.predict([b""], name="large")
@@ -179,8 +189,6 @@ def test_large_photos_need_a_dedicated_endpoint(service, next_version, reference
     assert "n1-standard-4  0 to 2 replica(s)" in ai_platform.overview("large")
     with pytest.raises(ValueError, match="dedicated one already"):
         ai_platform.deploy("large", shared=True)
-    with pytest.raises(ValueError, match="do not go together"):
-        ai_platform.deploy("large", min_replicas=0, spot=True)
     with pytest.raises(exceptions.InvalidArgument, match="no instance is good"):  # what the SDK calls a ValueError
         ai_platform.predict([b"no photo"], name="large")
     answer = ai_platform.predict([large], name="large")
@@ -191,6 +199,50 @@ def test_large_photos_need_a_dedicated_endpoint(service, next_version, reference
         ai_platform.predict([larger], name="large")
     assert np.array_equal(ai_platform.mask(ai_platform.predict_raw(larger, name="large")), reference("2", larger))
     ai_platform.delete("large")
+
+
+def test_previews_keep_their_logs_and_are_deleted_without_traffic(service, monkeypatch, capsys):
+    def start(model: types.Model, id: str, endpoint: types.Endpoint) -> None:
+        service.containers[id] = Container(None, "", service.folder, contextlib.ExitStack())  # nobody asks it anything
+
+    monkeypatch.setattr(service, "_start", start)
+    ai_platform.upload(f"{IMAGE}:1", name="preview")
+    ai_platform.deploy("preview", min_replicas=0, idle_after=600)
+    ai_platform.upload(f"{IMAGE}:1", name="preview")
+    ai_platform.deploy("preview", accelerator="H100", flex_start=86_400)
+    part = {"accelerator": "H100", "gpu_partition": "1g.10gb"}
+    endpoint = ai_platform.deploy("preview", **part)
+    zero, flex, partition = (as_v1beta1(d) for d in sorted(endpoint.list_models(), key=lambda d: d.create_time))
+    assert zero.enable_container_logging and flex.enable_container_logging  # off by default in v1beta1
+    assert zero.dedicated_resources.scale_to_zero_spec.idle_scaledown_period.total_seconds() == 600
+    assert flex.dedicated_resources.flex_start.max_runtime_duration.total_seconds() == 86_400
+    assert partition.dedicated_resources.machine_spec.gpu_partition_size == "1g.10gb"
+
+    ai_platform.deploy("preview", **part)  # it runs already
+    assert service.calls.count("DeployModel") == 3
+    main(["deploy", "--name=preview", "--version=1", "--min-replicas=0", "--idle-after=300"])
+    assert "--idle-after and --flex-start are settled when a version is deployed" in capsys.readouterr().out
+    for wrong, message in [
+        ({"min_replicas": 0, "spot": True}, "--spot and --min-replicas 0 or --flex-start"),
+        ({"flex_start": 60, **part}, "--gpu-partition and --min-replicas 0 or --flex-start"),
+        ({"gpu_partition": "1g.10gb"}, "--gpu-partition needs an --accelerator"),
+        ({"flex_start": 604_801}, "--flex-start takes 1 to 604800 seconds"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ai_platform.deploy("preview", **wrong)
+    ai_platform.traffic({"1": 100}, "preview")
+    assert ai_platform.get_endpoint("preview").traffic_split == {zero.id: 100}  # the others are not even in it
+    assert len(ai_platform.delete("preview")) == 2  # endpoint and model
+    assert service.calls.count("UndeployModel") == 3
+    assert not service.containers and not service.endpoints and not service.models
+
+
+@pytest.mark.parametrize("accelerator", ACCELERATORS)
+def test_the_service_has_the_accelerators_and_their_machines(accelerator):
+    name, machine = ACCELERATORS[accelerator]
+    spec = types.MachineSpec(machine_type=machine, accelerator_type=name, accelerator_count=1 if name else 0)
+    assert name is None or spec.accelerator_type.name in types.AcceleratorType.__members__
+    check_machine(spec)
 
 
 @quicker
@@ -382,13 +434,14 @@ def test_a_running_version_is_scaled_in_place(service, monkeypatch, capsys):
 
 
 def test_fetch_leaves_out_what_lies_in_subfolders(service):
-    for path in ("fastunet.mar", "old/fastunet.mar", "old/street.mar", "fastunet.mar.bak"):
+    for path in ("fastunet.mar", "fastunet.mar.sha256", "old/fastunet.mar", "old/street.mar", "fastunet.mar.bak"):
         for folder in ("", "models/"):  # at the top of the bucket, and in a folder
             storage.Client().bucket("local-bucket").blob(folder + path).upload_from_string(folder + path)
     for folder in ("", "models/"):
         for name in (None, "fastunet"):
-            [archive] = fetch(f"gs://local-bucket/{folder}", name).iterdir()
-            assert archive.name == "fastunet.mar" and archive.read_text() == f"{folder}fastunet.mar"
+            fetched = sorted(fetch(f"gs://local-bucket/{folder}", name).iterdir())
+            assert [file.name for file in fetched] == ["fastunet.mar", "fastunet.mar.sha256"]
+            assert [file.read_text() for file in fetched] == [f"{folder}{file.name}" for file in fetched]
     with pytest.raises(FileNotFoundError, match="no archive street.mar in gs://local-bucket/models"):
         fetch("gs://local-bucket/models", "street")
 

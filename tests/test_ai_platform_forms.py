@@ -103,13 +103,13 @@ def test_an_endpoint_is_shown_and_asked_at_its_own_address(endpoint, monkeypatch
     assert "version 3  100 % of traffic  g2-standard-4 + NVIDIA_L4  1 to 4 replica(s)" in shown
     assert ai_platform.predict([b"photo"]) == [{"label": "cat"}]
     assert ai_platform.predict_raw(b"photo") == {"label": "cat"}
-    ai_platform.predict_raw(b"photo", format="png", timeout=90)
+    ai_platform.predict_raw(b"photo", format="png", timeout=1800)  # for which the SDK wants requests-toolbelt
     base = f"https://{endpoint.dedicated_endpoint_dns}/v1/{endpoint.name}"
     [json_, raw, form] = asked
     assert json_[0] == f"{base}:predict" and json.loads(json_[1]) == {"instances": [{"b64": "cGhvdG8="}]}
     assert raw == (f"{base}:rawPredict", b"photo", "application/octet-stream", 60)
     assert form[0] == raw[0] and b'name="format"\r\n\r\npng' in form[1] and form[2].startswith("multipart/form-data")
-    assert json_[3] == 60 and form[3] == 90
+    assert json_[3] == 60 and form[3] == 1800
     with pytest.raises(ValueError, match="10.67 MB, and this endpoint takes 10.0 MB"):
         ai_platform.predict([bytes(8_000_000)])
     ai_platform.predict_raw(bytes(9_900_000))

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, SMALL
 
 from deployment import archive
-from deployment.archive import ArchiveError, find_archive, make_archive
+from deployment.archive import ArchiveError, check_digest, digest_file, find_archive, make_archive
 from deployment.export import write_config
 
 COMMON = {"handler.py", "answers.py", "config.py", "geometry.py", "memory.py", "photos.py", "protocol.py"}
@@ -105,7 +105,12 @@ def test_prints_a_command_that_makes_the_same_archive(store):
     printed, last = printed.rsplit("\n", 2)[:2]
     made = store / "street.mar"
     assert last.startswith(f"wrote {made}")
-    assert sorted(p.name for p in store.iterdir()) == ["fastunet.pth", "model-config.yaml", "street.mar"]
+    assert sorted(p.name for p in store.iterdir()) == [
+        "fastunet.pth",
+        "model-config.yaml",
+        "street.mar",
+        "street.mar.sha256",
+    ]
     words = shlex.split(printed)
     assert words[0] == "torch-model-archiver" and words[words.index("--model-name") + 1] == "street"
     assert words[words.index("--version") + 1] == "2.5"
@@ -194,3 +199,33 @@ def test_says_which_archives_there_are(archives, message, tmp_path):
         (tmp_path / f"{stem}.mar").touch()
     with pytest.raises(FileNotFoundError, match=message):
         find_archive(tmp_path)
+
+
+def test_the_digest_tells_an_archive_from_another(store, tmp_path):
+    made = make_archive(store)
+    check_digest(made)
+    if program := shutil.which("sha256sum"):
+        subprocess.run([program, "--check", "fastunet.mar.sha256"], cwd=store, check=True, capture_output=True)
+    moved = Path(shutil.copytree(store, tmp_path / "elsewhere"), made.name)
+    check_digest(moved)
+    with moved.open("r+b") as file:
+        file.truncate(moved.stat().st_size - 1)
+    with pytest.raises(ValueError, match="is not the file that fastunet.mar.sha256 was made of: copy both again"):
+        check_digest(moved)
+    (store / "fastunet.pth").write_bytes(b"other weights")
+    check_digest(make_archive(store))  # its own, not that of the one before
+    digest_file(made).write_text("")
+    with pytest.raises(ValueError, match="is not the file"):
+        check_digest(made)
+    digest_file(made).unlink()
+    check_digest(made)  # of old, or copied alone
+
+
+@pytest.mark.parametrize("server", ["torchserve", "uvicorn"])
+def test_no_server_starts_with_another_archive(server, store):
+    with make_archive(store).open("ab") as file:
+        file.write(b"more")
+    command = [sys.executable, "-m", "deployment.serve", "--server", server, "--model-store", store]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and "fastunet.mar is not the file that" in done.stderr

@@ -10,7 +10,7 @@ WRITTEN = [
     f"data/{SCENES.name}/images/000000.png",
     f"data/.{SCENES.name}-x1y2/images/000000.png",  # a drawing that was broken off
     "model_store/learner.pkl",
-    *(f"model_store/fastunet.{kind}" for kind in ("pth", "pt2", "xml", "bin", "onnx", "mar", "part.xml")),
+    *(f"model_store/fastunet.{kind}" for kind in ("pth", "pt2", "xml", "bin", "onnx", "mar", "mar.sha256", "part.xml")),
     "model_store/model-config.yaml",
     "model_store/MODEL_CARD.md",
     "model_store/expected_mask.png",

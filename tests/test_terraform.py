@@ -88,7 +88,7 @@ def test_the_workflow_uses_the_client_as_it_is():
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "cloud.yml").read_text())
     assert workflow[True] == "workflow_dispatch"  # YAML reads `on` as true; nothing deploys by itself
     [job] = workflow["jobs"].values()
-    assert job["permissions"] == {"contents": "read", "id-token": "write"}
+    assert job["permissions"] == {"contents": "read", "id-token": "write", "attestations": "write"}
     scripts = "\n".join(step.get("run", "") for step in job["steps"]).replace("\\\n", " ")
     commands = re.findall(r"python -m deployment\.ai_platform (.*?)(?: \||\)$|$)", scripts, re.M)
     assert [c.split()[0] for c in commands] == ["list", "upload", "deploy", "predict", "traffic", "traffic"]

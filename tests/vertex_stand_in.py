@@ -5,7 +5,8 @@
 
 What is real here
   * the wire: gRPC over TLS with the SDK's own protobuf types, so that an unmodified google-cloud-aiplatform
-    talks to it; predictions on dedicated endpoints go over HTTPS, as they do with the service, as JSON or raw;
+    talks to it; predictions on dedicated endpoints go over HTTPS, as they do with the service, as JSON or raw, and so
+    do raw ones on shared endpoints, to the API's public address, which leads here while the stand-in runs;
     v1beta1 is v1 with scale to zero; long operations take time, and are asked for until they are done;
   * what a request must hold, and what may not be changed: by the annotations in Google's protos;
   * the credentials: a service account's key file (GOOGLE_APPLICATION_CREDENTIALS) whose signed tokens are verified;
@@ -71,6 +72,7 @@ PACKAGE = "google.cloud.aiplatform.v1."
 PROJECT, LOCATION = "local-project", "us-central1"
 PARENT = f"projects/{PROJECT}/locations/{LOCATION}"
 MAX_BYTES = {"shared": 1_500_000, "dedicated": 10_000_000}  # a request or an answer, by kind of endpoint
+PUBLIC = f"{LOCATION}-aiplatform.googleapis.com"  # where the SDK sends raw predictions on shared endpoints
 TIMEOUTS = {"shared": 60, "dedicated": 600}  # seconds
 IMAGE_URI = re.compile(r"[a-z0-9-]+-docker\.pkg\.dev/[^/]+/[^/]+/.+|([a-z]+\.)?gcr\.io/.+")
 ACCELERATORS = {  # accelerator: the machine types that take it
@@ -327,9 +329,11 @@ class VertexAI:
         model, resources = self._model(deployed.model), deployed.dedicated_resources
         split = dict(request.traffic_split)
         check_machine(resources.machine_spec)
-        beta = aiplatform_v1beta1.DedicatedResources.deserialize(type(resources).serialize(resources))
-        zero = "scale_to_zero_spec" in beta or beta.initial_replica_count
-        check(not zero or api == "v1beta1", "Unknown name: scale_to_zero_spec or initial_replica_count.")
+        beta = as_v1beta1(deployed).dedicated_resources
+        newer = "scale_to_zero_spec" in beta or beta.initial_replica_count or "flex_start" in beta
+        check(not newer or api == "v1beta1", "Unknown name: scale_to_zero_spec, initial_replica_count or flex_start.")
+        longest = beta.flex_start.max_runtime_duration
+        check(not longest or longest.days <= 7, "max_runtime_duration must be at most 7 days.")
         for period in (beta.scale_to_zero_spec.idle_scaledown_period, beta.scale_to_zero_spec.min_scaleup_period):
             check(not period or 300 <= period.total_seconds() <= 28_800, "A period must be 300 to 28,800 seconds.")
         to_zero = "scale_to_zero_spec" in beta and 0 < beta.initial_replica_count <= beta.max_replica_count
@@ -701,8 +705,14 @@ def check_machine(spec: types.MachineSpec) -> None:
     if spec.accelerator_type:
         name = spec.accelerator_type.name
         check(spec.accelerator_count > 0, "accelerator_count is required with accelerator_type.")
+        check(not spec.gpu_partition_size or spec.accelerator_count == 1, "gpu_partition_size takes one accelerator.")
         check(spec.machine_type.startswith(ACCELERATORS.get(name, "")),
               f"{name} needs a {ACCELERATORS.get(name)}* machine, not {spec.machine_type}.")  # fmt: skip
+
+
+def as_v1beta1(deployed: types.DeployedModel) -> aiplatform_v1beta1.DeployedModel:
+    """What was sent to v1beta1, with the fields that v1 does not know."""
+    return aiplatform_v1beta1.DeployedModel.deserialize(types.DeployedModel.serialize(deployed))
 
 
 def check_scaling(resources: types.DedicatedResources, to_zero: bool) -> None:
@@ -791,13 +801,14 @@ def https_server(service: VertexAI, verify, token: str, tls: ssl.SSLContext) -> 
                 check(name, f"{self.path} is not served here.", exceptions.NotFound)
                 if error := service.refused.get("Predict"):
                     raise error
+                kind = "shared" if self.headers["Host"] == PUBLIC else "dedicated"
                 if name[2] == "rawPredict":
                     content_type = self.headers.get("Content-Type", "")
-                    answer, id = service._raw_predict(name[1], body, content_type, "dedicated")
+                    answer, id = service._raw_predict(name[1], body, content_type, kind)
                     ids = {"X-Vertex-AI-Endpoint-Id": name[1].split("/")[-1], "X-Vertex-AI-Deployed-Model-Id": id}
                     self.send(answer.status_code, answer.content, answer.headers["Content-Type"], **ids)
                     return
-                predictions, served = service._predict(name[1], body, "dedicated")
+                predictions, served = service._predict(name[1], body, kind)
                 camel = {"deployed_model_id": "deployedModelId", "model_version_id": "modelVersionId",
                          "model_display_name": "modelDisplayName", "model": "model"}  # fmt: skip
                 self.answer(200, {"predictions": predictions} | {camel[k]: v for k, v in served.items()})
@@ -841,7 +852,7 @@ def vertex_ai(images: dict[str, Path | str], bucket: str = "local-bucket") -> It
 
         root = folder / "root.pem"
         authority().cert_pem.write_to_path(str(root))
-        certificate = authority().issue_cert("localhost", "127.0.0.1")
+        certificate = authority().issue_cert("localhost", "127.0.0.1", PUBLIC)
         account = authority().issue_cert("tester@example.com", key_type=trustme.KeyType.RSA)
         token = service.token = secrets.token_urlsafe()
 
@@ -859,6 +870,7 @@ def vertex_ai(images: dict[str, Path | str], bucket: str = "local-bucket") -> It
         stack.callback(web.server_close)
         stack.callback(web.shutdown)
         service.dedicated_dns = f"localhost:{web.server_port}"
+        stack.enter_context(leads_to(web.server_port, PUBLIC))
 
         credentials = grpc.ssl_server_credentials(
             [(certificate.private_key_pem.bytes(), certificate.cert_chain_pems[0].bytes())]
@@ -886,9 +898,25 @@ def vertex_ai(images: dict[str, Path | str], bucket: str = "local-bucket") -> It
             STORAGE_EMULATOR_HOST=f"http://127.0.0.1:{port}",
             GRPC_DEFAULT_SSL_ROOTS_FILE_PATH=str(root),
             REQUESTS_CA_BUNDLE=str(root),
-            NO_PROXY="localhost,127.0.0.1",
+            NO_PROXY=f"localhost,127.0.0.1,{PUBLIC}",
         ))  # fmt: skip
         yield service
+
+
+@contextlib.contextmanager
+def leads_to(port: int, name: str) -> Iterator[None]:
+    """In this process `name` is this machine, and each of its ports is `port`."""
+    look_up = socket.getaddrinfo
+
+    def here(host, service, *args, **options):
+        place = ("127.0.0.1", port) if host == name else (host, service)
+        return look_up(*place, *args, **options)
+
+    socket.getaddrinfo = here
+    try:
+        yield
+    finally:
+        socket.getaddrinfo = look_up
 
 
 @contextlib.contextmanager

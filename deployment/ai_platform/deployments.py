@@ -19,6 +19,7 @@ METRICS = {  # what --scale-on names: the SDK's argument, the API's metric
     "gpu": ("autoscaling_target_accelerator_duty_cycle", "accelerator/duty_cycle"),
 }
 IDLE = (300, 28_800)  # seconds that --idle-after may be
+LONGEST = 7 * 24 * 3600  # seconds that --flex-start may be
 
 
 @limited(2 * 3600)
@@ -36,6 +37,8 @@ def deploy(
     share: int | None = None,
     shared: bool = False,
     spot: bool = False,
+    flex_start: int | None = None,
+    gpu_partition: str | None = None,
     service_account: str | None = None,
     kms_key: str | None = None,
     inference_timeout: int | None = None,
@@ -60,26 +63,41 @@ def deploy(
         share: percent of the traffic, taken from the others alike (default: all on a new endpoint, else none).
         shared: make a shared endpoint: requests of 1.5 MB and 60 s, where a dedicated one takes 10 MB and 10 minutes.
         spot: on Spot machines, which are cheaper and may be taken away at any time.
+        flex_start, gpu_partition: see `check_machines`.
         service_account: that the container runs as, by default one without rights in the project.
         kms_key, inference_timeout, labels, log_to, log_rate: of the endpoint, see `endpoint_for`.
 
     Raises:
         ValueError: options that do not go together, or that a version or an endpoint that exists cannot get in place.
     """
-    check_options(scale_on, target, min_replicas, spot, idle_after)
-    model, endpoint = get_model(name, version), find_endpoint(name)
-    deployed = endpoint and find_deployed(endpoint, model.version_id, accelerator, machine, spot, service_account)
-    if not deployed:
-        check_gpu(model, ACCELERATORS[accelerator or "none"][0])
+    check_scaling(scale_on, target, min_replicas, idle_after)
+    check_machines(accelerator, spot, gpu_partition, flex_start, preview=min_replicas == 0 or flex_start is not None)
+    machines = {"accelerator": accelerator, "machine": machine, "spot": spot, "gpu_partition": gpu_partition}
+    model, endpoint, deployed = look_up(name, version, service_account, machines)
     settled = {"shared": shared, "log_to": log_to, "kms_key": kms_key, "inference_timeout": inference_timeout}
     endpoint = endpoint_for(name, endpoint, log_rate=log_rate, labels=labels, **settled)
     scaling = {"min_replicas": min_replicas, "max_replicas": max_replicas, "scale_on": scale_on, "target": target}
+    scaling |= {"idle_after": idle_after, "flex_start": flex_start}
     if deployed:
         rescale(endpoint, deployed, share, **scaling)
     else:
-        options = {"spot": spot, "idle_after": idle_after, "service_account": service_account}
-        deploy_new(endpoint, model, accelerator or "none", machine, share=share, **scaling, **options)
+        deploy_new(endpoint, model, share=share, service_account=service_account, **machines, **scaling)
     return with_default(name)
+
+
+def look_up(
+    name: str, version: str | None, service_account: str | None, machines: dict
+) -> "tuple[aiplatform.Model, aiplatform.Endpoint | None, DeployedModel | None]":
+    """The version, the endpoint where there is one, and what that has of the version on such `machines`.
+
+    Raises:
+        ValueError: it would be deployed, and needs a GPU that the machines do not have.
+    """
+    model, endpoint = get_model(name, version), find_endpoint(name)
+    deployed = find_deployed(endpoint, model.version_id, service_account, **machines) if endpoint else None
+    if not deployed:
+        check_gpu(model, ACCELERATORS[machines["accelerator"] or "none"][0])
+    return model, endpoint, deployed
 
 
 def with_default(name: str) -> "aiplatform.Endpoint":
@@ -91,16 +109,32 @@ def with_default(name: str) -> "aiplatform.Endpoint":
     return endpoint
 
 
-def check_options(
-    scale_on: str | None, target: int | None, min_replicas: int | None, spot: bool, idle_after: int | None
-) -> None:
-    """Raises ValueError for options that do not go together, before anything is made."""
+def check_scaling(scale_on: str | None, target: int | None, min_replicas: int | None, idle_after: int | None) -> None:
+    """Raises ValueError for numbers that do not go together, before anything is made."""
     if scale_on == "requests" and target is None:
         raise ValueError("--scale-on requests needs a --target: how many requests a minute one replica takes")
-    if spot and min_replicas == 0:
-        raise ValueError("--spot and --min-replicas 0 do not go together: the preview API takes no Spot machines")
     if idle_after is not None and (min_replicas != 0 or not IDLE[0] <= idle_after <= IDLE[1]):
         raise ValueError(f"--idle-after takes {IDLE[0]} to {IDLE[1]} seconds, and goes with --min-replicas 0")
+
+
+def check_machines(
+    accelerator: str | None, spot: bool, gpu_partition: str | None, flex_start: int | None, preview: bool
+) -> None:
+    """Raises ValueError for machines that cannot be had.
+
+    Args:
+        gpu_partition: each replica gets a part of the GPU, such as `1g.10gb` of an H100 (by API v1beta1).
+        flex_start: wait until such machines are free, for GPUs that are hard to get; after so many seconds the service
+            ends the deployment (a preview, by API v1beta1).
+        preview: the SDK's `preview` is needed, which takes neither Spot machines nor parts of GPUs.
+    """
+    for option, given in {"--spot": spot, "--gpu-partition": gpu_partition}.items():
+        if given and preview:
+            raise ValueError(f"{option} and --min-replicas 0 or --flex-start, which are previews, do not go together")
+    if gpu_partition and accelerator in (None, "none"):
+        raise ValueError("--gpu-partition needs an --accelerator")
+    if flex_start is not None and not 0 < flex_start <= LONGEST:
+        raise ValueError(f"--flex-start takes 1 to {LONGEST} seconds, which is a week")
 
 
 def endpoint_for(
@@ -163,18 +197,22 @@ def endpoint_for(
 def find_deployed(
     endpoint: "aiplatform.Endpoint",
     version: str,
+    service_account: str | None,
+    *,
     accelerator: str | None,
     machine: str | None,
     spot: bool,
-    service_account: str | None,
+    gpu_partition: str | None,
 ) -> "DeployedModel | None":
     """What `endpoint` has of this version, on such machines and as that account, where any are named; else None."""
+    gpu, carrier = ACCELERATORS[accelerator or "none"]
+    unnamed = (accelerator, machine, spot, gpu_partition) == (None, None, False, None)
     for deployed in endpoint.list_models():
         resources = deployed.dedicated_resources
         spec = resources.machine_spec
-        gpu, carrier = ACCELERATORS[accelerator or "none"]
-        has = (spec.machine_type, spec.accelerator_type.name if spec.accelerator_type else None, resources.spot)
-        same_machine = (accelerator, machine, spot) == (None, None, False) or has == (machine or carrier, gpu, spot)
+        has_gpu = spec.accelerator_type.name if spec.accelerator_type else None
+        has = (spec.machine_type, has_gpu, resources.spot, spec.gpu_partition_size or None)
+        same_machine = unnamed or has == (machine or carrier, gpu, spot, gpu_partition)
         same_account = service_account in (None, deployed.service_account)
         if same_machine and same_account and deployed.model_version_id == version:
             return deployed
@@ -195,12 +233,14 @@ def metric_of(scale_on: str | None, gpu: object) -> tuple[str, str]:
 def deploy_new(
     endpoint: "aiplatform.Endpoint",
     model: "aiplatform.Model",
-    accelerator: str,
-    machine: str | None,
     *,
-    share: int | None,
+    accelerator: str | None,
+    machine: str | None,
     spot: bool,
+    gpu_partition: str | None,
+    share: int | None,
     idle_after: int | None,
+    flex_start: int | None,
     service_account: str | None,
     min_replicas: int | None,
     max_replicas: int | None,
@@ -209,15 +249,17 @@ def deploy_new(
 ) -> None:
     """Deploys `model` to `endpoint` on machines of its own, and waits for it."""
     min_replicas = 1 if min_replicas is None else min_replicas
-    options: dict[str, object] = {"spot": spot}
-    if not min_replicas:
+    options: dict[str, object] = {"spot": spot, "gpu_partition_size": gpu_partition}
+    if not min_replicas or flex_start:
         from google.cloud.aiplatform.preview import models as preview
 
         set_sdk_level(logging.getLogger("google.cloud.aiplatform.models").level)  # of what was just imported
-        options = {"initial_replica_count": 1, "idle_scaledown_period": idle_after}
+        options = {"max_runtime_duration": flex_start}
+        if not min_replicas:
+            options |= {"initial_replica_count": 1, "idle_scaledown_period": idle_after}
         model = preview.Model(model.name, version=model.version_id)
         endpoint = preview.Endpoint(endpoint.resource_name)
-    gpu, carrier = ACCELERATORS[accelerator]
+    gpu, carrier = ACCELERATORS[accelerator or "none"]
     argument, _ = metric_of(scale_on, gpu)
     what = f"deploying version {model.version_id} to endpoint {endpoint.display_name} (often 5 to 15 minutes)"
     stop = f"python -m deployment.ai_platform delete --name {endpoint.display_name}, once it is deployed"
@@ -245,6 +287,8 @@ def rescale(
     max_replicas: int | None,
     scale_on: str | None,
     target: int | None,
+    idle_after: int | None,
+    flex_start: int | None,
 ) -> None:
     """Changes the replicas and the target of what is deployed in place, where they differ, and waits for it.
 
@@ -252,6 +296,8 @@ def rescale(
         ValueError: see `deploy`.
     """
     resources, version = deployed.dedicated_resources, deployed.model_version_id
+    if idle_after or flex_start:
+        print("warning: --idle-after and --flex-start are settled when a version is deployed: they stay as they are")
     has_share = endpoint.traffic_split.get(deployed.id, 0)
     if share not in (None, has_share):
         raise ValueError(f"version {version} is deployed with {has_share} % of the traffic: use `traffic`")
