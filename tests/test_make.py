@@ -22,6 +22,7 @@ OWN = [
     "data/scenes-training/codes.txt",
     "model_store/.gitkeep",
     "model_store/theirs.pkl",
+    "model_store/sample_of_mine.png",
     "model_store/street.mar",
     "model_store/notes/first.txt",
     "logs/diary.txt",

@@ -104,7 +104,7 @@ def test_the_tutorial_from_top_to_bottom(clone, tmp_path):
     equal, total = re.search(r"masks equal: (\d+) of (\d+) images", printed).groups()
     assert equal == total and int(total) > 1
     assert "HTTP/1.1 200 OK" in printed
-    expected = np.array(Image.open(clone / "sample/sample_pred_mask.png"))
+    expected = np.array(Image.open(clone / "model_store/sample_pred_mask.png"))
 
     runtimes = section("Other runtimes", DEPLOYMENT)
     for part in (section("Export"), section("Archive"), runtimes):
