@@ -54,7 +54,7 @@ image-test: .venv/installed ## build the same image with buildah, run it, and se
 	@$(PY) -m pytest -m image -s
 
 notebooks: .venv/installed ## run all five notebooks, write their outputs into them, and pictures into sample/: DATA=
-	@$(PY) notebook/run.py 01 02 03 04 05 -p DATA "$(DATA)" -p PICTURES ../sample
+	@$(PY) notebook/run.py 01 02 03 04 05 -p DATA "$(DATA)" -p RESULTS ../sample
 
 cloud-check: .venv/installed ## run the cloud chapter on Google Cloud, once, for about a dollar: PROJECT= LOCATION= IMAGE= BUCKET=
 	@if [ -z "$(PROJECT)" ]; then echo "error: make cloud-check PROJECT=…" >&2; exit 1; fi; \

@@ -67,8 +67,8 @@ def get_data(name: str | Path) -> Path:
         if not path.is_dir():
             meant = near(str(name), ("scenes", "camvid_tiny"))
             raise DataError(
-                f'there is no folder {name}{meant or "."} DATA is "scenes", "camvid_tiny", or a folder with images/, labels/ and '
-                "codes.txt."
+                f"there is no folder {name}{meant or '.'} "
+                'DATA is "scenes", "camvid_tiny", or a folder with images/, labels/ and codes.txt.'
             )
     check_data(path)
     return path

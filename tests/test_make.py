@@ -15,6 +15,7 @@ WRITTEN = [
     "model_store/expected_mask.png",
     "model_store/first/first.mar",
     "model_store/03_TorchServe.ipynb",
+    *(f"model_store/sample_{name}" for name in ("output.txt", "overlay.jpg", "pred_mask.png", "figure.png")),
 ]
 OWN = [
     "data/street/images/1.png",

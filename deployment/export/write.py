@@ -104,7 +104,7 @@ def export_learner(
 
 
 def put_in_place(folder: Path, out_dir: Path) -> None:
-    """Move what is in `folder` into `out_dir`, the configuration last; then remove what is left of an earlier export."""
+    """Move what is in `folder` into `out_dir`, the configuration last, and remove what an earlier export left."""
     written = {path.name for path in folder.iterdir()}
     for name in sorted(written, key=lambda name: (name == "model-config.yaml", name)):
         os.replace(folder / name, out_dir / name)
