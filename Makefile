@@ -30,7 +30,7 @@ test: .venv/installed ## run the tests, two at a time
 serve: .venv/installed ## serve the archive in STORE on 127.0.0.1: SERVER=torchserve|uvicorn STORE= NAME= PORT= MANAGEMENT_PORT= METRICS_PORT= AUTH=1
 	@exec $(PY) -m deployment.serve --server $(SERVER) --model-store "$(STORE)" --port $(PORT) --management-port $(MANAGEMENT_PORT) --metrics-port $(METRICS_PORT) $(if $(NAME),--name "$(NAME)") $(if $(AUTH),--auth)
 
-page: .venv-page/installed ## open a page in the browser that asks the running server: PORT= NAME=, or ENDPOINT= on AI Platform
+page: .venv-page/installed ## start a page that asks the running server, and open it where there is a browser: PORT= NAME=, or ENDPOINT= on AI Platform
 	@exec .venv-page/bin/python -m space.page http://127.0.0.1:$(PORT)/predictions/$(or $(NAME),fastunet) $(if $(ENDPOINT),--endpoint $(ENDPOINT))
 
 bench: .venv/installed ## measure against peers and the limit: CONTENDERS=baseline,eager,… CLIENTS=1,8 PHOTOS= CALIBRATE=

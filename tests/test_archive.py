@@ -194,3 +194,15 @@ def test_says_which_archives_there_are(archives, message, tmp_path):
         (tmp_path / f"{stem}.mar").touch()
     with pytest.raises(FileNotFoundError, match=message):
         find_archive(tmp_path)
+
+
+def test_a_folder_or_a_name_that_is_mistyped_is_answered_with_the_one_that_is_meant(store, monkeypatch, capsys):
+    monkeypatch.chdir(store.parent)
+    assert run_main(monkeypatch, "a stor") == 2
+    assert capsys.readouterr().err == "error: there is no folder a stor: did you mean a store?\n"
+    with pytest.raises(FileNotFoundError, match="there is no folder a stor: did you mean a store"):
+        find_archive("a stor")
+    for name in ("street", "field"):
+        (store / f"{name}.mar").touch()
+    with pytest.raises(FileNotFoundError, match=r"no archive stret\.mar in .*: did you mean street\?"):
+        find_archive(store, "stret")

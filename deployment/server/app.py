@@ -33,6 +33,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from ..answers import palette
 from ..handler import Handler, Job
 from ..protocol import Rejected, busy, reasons, rejection
 from ..runtime import cores, memory_limit
@@ -61,6 +62,8 @@ class Application:
         self.paths = [f"{self.path}{rest}" for rest in ("", "/", f"/{version}", f"/{version}/")]  # as TorchServe has it
         written = (HERE / "openapi.yaml").read_text(encoding="utf-8")
         self.description = yaml.safe_load(written.replace("NAME", name))
+        if handler.config.task == "segmentation":
+            self.description["x-legend"] = legend(handler.config.classes)
         self.tracer = tracing.make_tracer()
         self.end: Callable[[], object] = lambda: None  # the process, so that another can be started
         self.arriving = self.requests = 0  # requests whose bodies are read, and those that wait or are computed
@@ -205,6 +208,13 @@ def application(handler: Handler, name: str, token: str | None = None, version: 
     return Application(handler, name, token, version).starlette()
 
 
+def legend(classes: list[str]) -> list[dict[str, str]]:
+    """Name and color of each class, for the page."""
+    return [
+        {"name": name, "color": f"#{bytes(color).hex()}"} for name, color in zip(classes, palette(classes), strict=True)
+    ]
+
+
 def refusal(error: Rejected) -> Response:
     """`error` as the answer to a whole request."""
     return JSONResponse(error.as_json(), error.status, error.headers)
@@ -225,12 +235,29 @@ def version_of(folder: Path | str) -> str:
     return json.loads(manifest.read_text(encoding="utf-8"))["model"]["modelVersion"] if manifest.is_file() else "1.0"
 
 
+class Server(uvicorn.Server):
+    """uvicorn's, which calls `ready` once it listens."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]):
+        super().__init__(config)
+        self.ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.ready()
+
+
 def serve_archive(
-    archive: Path, name: str, public: socket.socket, metrics_address: tuple[str, int], key_file: Path | None
+    archive: Path,
+    name: str,
+    public: socket.socket,
+    metrics_address: tuple[str, int],
+    key_file: Path | None,
+    ready: Callable[[], None] = lambda: None,
 ) -> None:
     """Serve `archive` as `name` on `public` until SIGTERM or SIGINT, then finish what is in flight.
 
-    With `key_file` predictions need the token that is written there.
+    With `key_file` predictions need the token that is written there. `ready` is called once they are answered.
 
     Raises:
         RuntimeError: the model fails on every image.
@@ -260,7 +287,7 @@ def serve_archive(
         server_header=False,
         timeout_graceful_shutdown=DRAIN_SECONDS,
     )
-    server = uvicorn.Server(config)
+    server = Server(config, ready)
     application.end = lambda: setattr(server, "should_exit", True)
     server.run(sockets=[public])
     if handler.broken:
