@@ -42,7 +42,7 @@ IGNORED = (
     "JDK_JAVA_OPTIONS",
     "_JAVA_OPTIONS",
 )
-# What Java prints past its log, and what looks like a fault and is none: on every start, and on every one without a GPU.
+# What Java prints past its log and is no fault: the first on every start, the second on every one without a GPU.
 HARMLESS = (
     b"WARNING: sun.reflect.Reflection.getCallerClass is not supported.",
     b"nvidia-smi not available or failed: Cannot run program",
