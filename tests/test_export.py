@@ -8,8 +8,10 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -426,6 +428,22 @@ def test_what_files_tell_is_said_before_torch_is_imported(arguments, message, le
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, f"error: {message}\n")
+
+
+def test_an_interrupt_is_quiet_and_leaves_nothing(learner_file, tmp_path):
+    store = tmp_path / "store"
+    command = [sys.executable, "-m", "deployment.export", learner_file, "--trust", "--out", store]
+    export = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(store.glob(".export-*/store/model-config.yaml")):  # the proof begins
+            assert export.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        export.send_signal(signal.SIGINT)
+        said, _ = export.communicate(timeout=60)
+    finally:
+        export.kill()
+    assert (export.returncode, said) == (130, "") and not store.exists()
 
 
 class Trap:
