@@ -729,6 +729,11 @@ def test_the_only_archive_is_served_by_any_name(tmp_path):
     assert find_archive(tmp_path, "street") == (tmp_path / "street.mar", "street")
 
 
+def test_the_tokens_that_uvicorn_left_do_not_disturb_torchserve(tmp_path):
+    (tmp_path / "key_file.json").write_text('{"inference": {"key": "of uvicorn"}}')
+    assert not is_ready(free_ports(1)[0], tmp_path)
+
+
 def test_no_workers_are_as_many_as_by_default(monkeypatch):
     default = workers_and_threads()
     monkeypatch.setenv("TS_DEFAULT_WORKERS_PER_MODEL", "0")

@@ -206,7 +206,7 @@ def model_status(management_port: int, folder: Path | str = ".", name: str = "fa
     """
     path = urllib.parse.quote(f"/models/{name}")
     request = urllib.request.Request(f"http://127.0.0.1:{management_port}{path}")
-    with contextlib.suppress(FileNotFoundError):  # TorchServe writes it when it asks for tokens
+    with contextlib.suppress(FileNotFoundError, KeyError):  # TorchServe writes it when it asks for tokens
         keys = json.loads(Path(folder, "key_file.json").read_text())
         request.add_header("Authorization", f"Bearer {keys['management']['key']}")
     with DIRECT.open(request, timeout=5) as answer:
