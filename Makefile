@@ -11,6 +11,7 @@ PY := .venv/bin/python
 
 DATA ?= scenes
 SERVER ?= torchserve
+STORE ?= model_store
 RUNTIME ?= all
 PORT ?= 8080
 MANAGEMENT_PORT ?= 8081
@@ -29,10 +30,10 @@ test: .venv/installed ## run the tests, two at a time
 coverage: .venv/installed ## run the tests, and show how much of deployment/ they reach; the floor is in pyproject.toml
 	@$(PY) -m pytest -n 2 --dist worksteal --cov
 
-serve: .venv/installed ## serve the archive in model_store/ on 127.0.0.1: SERVER=torchserve|uvicorn NAME= PORT= MANAGEMENT_PORT= METRICS_PORT= AUTH=1
-	@exec $(PY) -m deployment.serve --server $(SERVER) --port $(PORT) --management-port $(MANAGEMENT_PORT) --metrics-port $(METRICS_PORT) $(if $(NAME),--name $(NAME)) $(if $(AUTH),--auth)
+serve: .venv/installed ## serve the archive in STORE on 127.0.0.1: SERVER=torchserve|uvicorn STORE= NAME= PORT= MANAGEMENT_PORT= METRICS_PORT= AUTH=1
+	@exec $(PY) -m deployment.serve --server $(SERVER) --model-store "$(STORE)" --port $(PORT) --management-port $(MANAGEMENT_PORT) --metrics-port $(METRICS_PORT) $(if $(NAME),--name "$(NAME)") $(if $(AUTH),--auth)
 
-page: .venv-page/installed ## open a page in the browser that asks the running server: PORT= NAME=, or ENDPOINT= on AI Platform
+page: .venv-page/installed ## start a page that asks the running server, and open it where there is a browser: PORT= NAME=, or ENDPOINT= on AI Platform
 	@exec .venv-page/bin/python -m space.page http://127.0.0.1:$(PORT)/predictions/$(or $(NAME),fastunet) $(if $(ENDPOINT),--endpoint $(ENDPOINT))
 
 bench: .venv/installed ## measure against peers and the limit: CONTENDERS=baseline,eager,… CLIENTS=1,8 PHOTOS= CALIBRATE=
@@ -55,8 +56,8 @@ image: ## build the serving image with docker or podman: RUNTIME=openvino (small
 image-test: .venv/installed ## build the same image with buildah, run it, and send it AI Platform requests (root, Debian)
 	@$(PY) -m pytest -m image -s
 
-notebooks: .venv/installed ## run all five notebooks and write their outputs into them: DATA=
-	@$(PY) notebook/run.py 01 02 03 04 05 -p DATA "$(DATA)"
+notebooks: .venv/installed ## run all five notebooks, write their outputs into them, and pictures into sample/: DATA=
+	@$(PY) notebook/run.py 01 02 03 04 05 -p DATA "$(DATA)" -p RESULTS ../sample
 
 cloud-check: .venv/installed ## run the cloud chapter on Google Cloud, once, for about a dollar: PROJECT= LOCATION= IMAGE= BUCKET=
 	@if [ -z "$(PROJECT)" ]; then echo "error: make cloud-check PROJECT=…" >&2; exit 1; fi; \
@@ -71,6 +72,7 @@ clean: ## remove what the pipeline wrote; keep the environment, and your own fil
 	rm -rf data/scenes-$(HASH) data/.scenes-$(HASH)-*
 	rm -rf model_store/learner.pkl model_store/learner.part model_store/model-config.yaml model_store/expected_mask.png
 	rm -rf model_store/fastunet.* model_store/MODEL_CARD.md model_store/first model_store/0[1-5]_*.ipynb
+	rm -rf $(addprefix model_store/sample_,output.txt overlay.jpg pred_mask.png figure.png)
 	rm -rf model_store/.export-* model_store/.archive-* model_store/.model-config.yaml.part
 	rm -rf .pytest_cache .ruff_cache .hypothesis
 

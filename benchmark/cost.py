@@ -65,8 +65,11 @@ def cloud_run(gibibytes: float) -> float:
 def ways(
     torchserve: float | None, uvicorn: float | None, bulk: float | None, t4: float | None, l4: float | None
 ) -> list[Way]:
-    """`torchserve` and `uvicorn` are rates of int8 on a CPU: of the default image, and of that with OpenVINO alone;
-    `bulk` is that of `deployment.bulk`."""
+    """All ways there are.
+
+    `torchserve` and `uvicorn` are rates of int8 on a CPU: of the default image, and of that with OpenVINO alone; `bulk`
+    is that of `deployment.bulk`.
+    """
     n2, requests = HOURLY["n2-standard-2"], CLOUD_RUN["million requests"]
     return [
         Way("endpoint, n2-standard-2, TorchServe image", n2, torchserve),

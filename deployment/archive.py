@@ -4,6 +4,7 @@ This is the one place that knows which files an archive needs.
 """
 
 import argparse
+import difflib
 import hashlib
 import os
 import re
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from .config import Config, read_config
@@ -36,6 +38,19 @@ class ArchiveError(Exception):
     """The archive cannot be made; the message says why, in one line."""
 
 
+def near(name: str, names: Iterable[str]) -> str:
+    """The end of a message that there is no `name`: which of `names` may be meant, if one is much like it."""
+    found = difflib.get_close_matches(name, sorted(names), n=1)
+    return f": did you mean {found[0]}?" if found else ""
+
+
+def missing_folder(folder: Path | str) -> str:
+    """The message that `folder` does not exist."""
+    path = Path(folder).resolve()
+    beside = [other.name for other in path.parent.glob("*") if other.is_dir()]
+    return f"there is no folder {folder}{near(path.name, beside)}"
+
+
 def code_files(config: Config) -> list[str]:
     """What an archive of `config` holds of this folder beside handler.py: code that can be imported where it serves."""
     return sorted([*CODE, *RUNTIME_CODE[config.runtime]])
@@ -47,6 +62,8 @@ def checked_config(folder: Path) -> Config:
     Raises:
         ArchiveError: it is wrong, or a file is missing.
     """
+    if not folder.is_dir():
+        raise ArchiveError(missing_folder(folder))
     try:
         config = read_config(folder)
     except (OSError, ValueError) as error:
@@ -201,11 +218,15 @@ def find_archive(model_store: Path | str, name: str | None = None) -> tuple[Path
     archives = sorted(Path(model_store).resolve().glob("*.mar"))
     wanted = name or (archives[0].stem if len(archives) == 1 else "fastunet")
     found = next((path for path in archives if path.stem == wanted), archives[0] if len(archives) == 1 else None)
-    if found is None:
-        there = f"there are {', '.join(path.name for path in archives)}: choose with --name" if archives else ""
-        how = there or "`make demo` makes one, or `python -m deployment.archive` of what was exported"
-        raise FileNotFoundError(f"no archive {wanted}.mar in {model_store}: {how}")
-    return found, wanted
+    if found:
+        return found, wanted
+    if not Path(model_store).is_dir():
+        raise FileNotFoundError(missing_folder(model_store))
+    how = "`make demo` makes one, or `python -m deployment.archive` of what was exported"
+    if archives:
+        meant = near(wanted, [path.stem for path in archives])
+        how = f"there are {', '.join(path.name for path in archives)}{meant or ': choose with --name'}"
+    raise FileNotFoundError(f"no archive {wanted}.mar in {model_store}: {how}")
 
 
 def runtime_of(archive: Path) -> str:
@@ -263,4 +284,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -12,6 +12,8 @@ import os
 import sys
 import threading
 import zipfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
@@ -19,6 +21,8 @@ from .archive import check_digest, fetch, find_archive, runtime_of
 from .server.front import open_when_ready
 from .server.processes import free_ports, own_folder, own_route, reserve_port
 from .server.torchserve import DIRECT, command, ignored_variables, is_ready, run
+
+SAMPLE = "sample/street_view_of_a_small_neighborhood.png"  # of this repository
 
 
 def cloud_port() -> str | None:
@@ -60,12 +64,16 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def announce(url: str, key_file: Path | None) -> None:
-    """Print where predictions are, and where the tokens for them."""
-    print(url)
+def announce(url: str, key_file: Path | None) -> Callable[[], None]:
+    """Print what starts, and where the tokens for it are; return what prints how to call it, once it is ready."""
+    print(f"starting {url}")
     if key_file:
         print(f"tokens: {key_file}")
     sys.stdout.flush()
+    photo = SAMPLE if Path(SAMPLE).is_file() else "PHOTO.png"
+    token = ' -H "Authorization: Bearer TOKEN"' if key_file else ""
+    where = f"  (TOKEN: the key of `inference` in {key_file})" if key_file else ""
+    return partial(print, f"ready: curl -T {photo}{token} {url}{where}", flush=True)
 
 
 def is_healthy(port: int) -> bool:
@@ -100,14 +108,14 @@ def serve_on_uvicorn(archive: Path, name: str, options: argparse.Namespace, key_
 
     public = reserve_port(options.host, options.port)
     reserve_port(options.metrics_host, options.metrics_port).close()
-    announce(f"http://{options.host}:{options.port}/predictions/{name}", key_file)
-    serve_archive(archive, name, public, (options.metrics_host, options.metrics_port), key_file)
+    ready = announce(f"http://{options.host}:{options.port}/predictions/{quote(name)}", key_file)
+    serve_archive(archive, name, public, (options.metrics_host, options.metrics_port), key_file, ready)
     return 0
 
 
 def serve_on_torchserve(name: str, options: argparse.Namespace, folder: Path, key_file: Path | None) -> int:
     """Serve until TorchServe ends or a signal comes; returns the exit status."""
-    url = f"http://{options.host}:{options.port}/predictions/{name}"
+    url = f"http://{options.host}:{options.port}/predictions/{quote(name)}"
     host, port, management_port = options.host, options.port, options.management_port
     if cloud_port():  # AI Platform sends requests as soon as /ping says 200
         public = reserve_port(host, port)
@@ -128,8 +136,7 @@ def serve_on_torchserve(name: str, options: argparse.Namespace, folder: Path, ke
     )
     if ignored := ignored_variables():
         print(f"ignored in the environment: {', '.join(ignored)}", file=sys.stderr)
-    announce(url, key_file)
-    return run(argv, env, management_port, folder, name)
+    return run(argv, env, management_port, folder, name, announce(url, key_file))
 
 
 def main() -> None:
@@ -146,6 +153,8 @@ def main() -> None:
             options.model_store = fetch(uri)
         archive, name = find_archive(options.model_store, options.name)
         check_digest(archive)
+        if name != archive.stem:
+            print(f"there is no {name}.mar: {archive.name}, the only archive, is served by that name")
         if options.require_gpu:
             os.environ["REQUIRE_GPU"] = "1"
         if os.environ.get("REQUIRE_GPU") == "1":
@@ -157,6 +166,8 @@ def main() -> None:
             status = serve_on_torchserve(name, options, folder, key_file)
     except (OSError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
     sys.exit(status)
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 import scenes
+from deployment.archive import near
 from deployment.export.dataset import label_of, list_photos, split_photos
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,9 +65,10 @@ def get_data(name: str | Path) -> Path:
     else:
         path = Path(name).expanduser()
         if not path.is_dir():
+            meant = near(str(name), ("scenes", "camvid_tiny"))
             raise DataError(
-                f'there is no folder {name}. DATA is "scenes", "camvid_tiny", or a folder with images/, labels/ and '
-                "codes.txt."
+                f"there is no folder {name}{meant or '.'} "
+                'DATA is "scenes", "camvid_tiny", or a folder with images/, labels/ and codes.txt.'
             )
     check_data(path)
     return path
@@ -103,6 +105,8 @@ def draw_sample(folder: Path) -> Path:
     """
     path = folder / "street_view_of_a_small_neighborhood.png"
     for picture, target in zip(scenes.draw_scene(SAMPLE_SEED, (480, 640)), (path, label_of(path, folder)), strict=True):
+        if target.exists() and np.array_equal(np.array(Image.open(target)), np.array(picture)):
+            continue  # another Pillow may pack the same pixels into other bytes
         part = target.with_suffix(".part")
         picture.save(part, "PNG", optimize=True)
         os.replace(part, target)

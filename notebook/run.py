@@ -25,6 +25,7 @@ from traitlets import Type
 import progress
 
 HERE = Path(__file__).parent
+DATA_SETS = ("scenes", "camvid_tiny")
 BAR = "{desc}{bar:30} {n_fmt}/{total_fmt} cells, {elapsed}"
 
 
@@ -59,7 +60,8 @@ def run(notebook: Path, output: Path, parameters: dict[str, str | int]) -> nbfor
         PapermillExecutionError: a cell failed; `output` shows which.
     """
     takes = papermill.inspect_notebook(notebook)
-    arguments = ["--IPKernelApp.log_level=40"]  # it warns that it listens on loopback
+    # It warns that it listens on loopback, and an interrupt is an error to it. That of a cell is in the notebook.
+    arguments = ["--IPKernelApp.log_level=50"]
     if "EPOCHS" in takes:  # it trains
         arguments.append("--IPKernelApp.exec_lines=import progress; progress.report()")
     with progress.shown():
@@ -80,13 +82,20 @@ def check(parameters: dict[str, str | int]) -> None:
     """What would fail minutes later otherwise.
 
     Raises:
-        ValueError: EPOCHS is no number, or no U-Net can be made of ARCH.
+        ValueError: DATA is no data set and no folder, EPOCHS is no number, or no U-Net can be made of ARCH.
     """
+    sys.path.insert(0, str(HERE.parent))
+    data = str(parameters.get("DATA", DATA_SETS[0]))
+    if data not in DATA_SETS and not Path(data).expanduser().is_dir():
+        from deployment.archive import near
+
+        folders = [path.name for path in Path(data).parent.glob("*") if path.is_dir()]
+        meant = near(data, DATA_SETS) or near(Path(data).name, folders) or f": give {', '.join(DATA_SETS)} or a folder"
+        raise ValueError(f"DATA={data}: there is no such folder{meant}")
     epochs = parameters.get("EPOCHS", 1)
     if not isinstance(epochs, int) or epochs < 1:
         raise ValueError(f"EPOCHS={epochs}: give a whole number, 1 or more")
     if arch := parameters.get("ARCH"):
-        sys.path.insert(0, str(HERE.parent))
         import torch
 
         from deployment.model import DynamicUnetDIY
@@ -172,4 +181,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -5,6 +5,8 @@ It is a client of a server and no part of one: it lies outside `deployment/`, wh
 
 import argparse
 import base64
+import os
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -108,6 +110,11 @@ def build(ask: Callable[[bytes], dict], palette: Callable, sample: Path, where: 
     return page
 
 
+def has_window() -> bool:
+    """Whether a browser can open a window here. Without a display Python would take one that runs in the terminal."""
+    return sys.platform in ("darwin", "win32") or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")))
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -117,8 +124,12 @@ def main() -> None:
     from deployment.answers import palette  # in a Space it comes out of the archive
 
     ask = partial(ask_endpoint, args.endpoint) if args.endpoint else partial(ask_server, args.url)
-    build(ask, palette, Path(SAMPLE), args.endpoint or args.url).launch(server_name="127.0.0.1", footer_links=[])
+    page = build(ask, palette, Path(SAMPLE), args.endpoint or args.url)
+    page.launch(server_name="127.0.0.1", footer_links=[], inbrowser=has_window())
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

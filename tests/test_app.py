@@ -27,7 +27,7 @@ from starlette.requests import Request
 from starlette.testclient import TestClient
 
 from deployment import protocol
-from deployment.answers import make_answer
+from deployment.answers import make_answer, palette
 from deployment.handler import Handler
 from deployment.photos import Preprocessor
 from deployment.protocol import Rejected
@@ -398,6 +398,9 @@ def test_the_version_is_the_archive_s(tmp_path):
 def test_description_and_page(url):
     description = httpx.get(f"{url}/openapi.json").json()
     written = (ROOT / "deployment" / "server" / "openapi.yaml").read_text()
+    legend = description.pop("x-legend")
+    assert [entry["name"] for entry in legend] == SMALL.classes
+    assert [bytes.fromhex(entry["color"][1:]) for entry in legend] == [bytes(c) for c in palette(SMALL.classes)]
     assert description == yaml.safe_load(written.replace("NAME", "small"))
     page = httpx.get(url)
     assert (

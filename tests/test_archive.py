@@ -229,3 +229,15 @@ def test_no_server_starts_with_another_archive(server, store):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: ") and "fastunet.mar is not the file that" in done.stderr
+
+
+def test_a_folder_or_a_name_that_is_mistyped_is_answered_with_the_one_that_is_meant(store, monkeypatch, capsys):
+    monkeypatch.chdir(store.parent)
+    assert run_main(monkeypatch, "a stor") == 2
+    assert capsys.readouterr().err == "error: there is no folder a stor: did you mean a store?\n"
+    with pytest.raises(FileNotFoundError, match="there is no folder a stor: did you mean a store"):
+        find_archive("a stor")
+    for name in ("street", "field"):
+        (store / f"{name}.mar").touch()
+    with pytest.raises(FileNotFoundError, match=r"no archive stret\.mar in .*: did you mean street\?"):
+        find_archive(store, "stret")

@@ -4,9 +4,14 @@ import base64
 import importlib
 import io
 import json
+import os
 import pickle
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -351,7 +356,10 @@ def test_command_from_file_to_mask(data, photos, tmp_path):
     command = [sys.executable, "-m", "deployment.export", tmp_path / "a learner.pkl", "--out", tmp_path / "store"]
     done = subprocess.run([*command, "--trust", "--check", data], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "fastunet.pth" in done.stdout and not done.stderr
+    *_, proven, wrote = done.stdout.splitlines()
+    assert proven.startswith("proven on ") and not done.stderr
+    names = {Path(path).name for path in wrote.removeprefix("wrote ").split(", ")}
+    assert names == {path.name for path in (tmp_path / "store").iterdir()} == {"fastunet.pth", "model-config.yaml"}
     assert_same_masks(learner, tmp_path / "store", photos[::4])
 
 
@@ -393,6 +401,53 @@ def test_refuses_files_that_hold_no_learner(content, message, learner_file, data
     *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
     assert not out.exists()
+
+
+WITHOUT_TORCH = """
+import runpy, sys
+sys.modules["torch"] = sys.modules["fastai"] = None  # cannot be imported
+runpy.run_module("deployment.export", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["learnr.pkl", "--trust"], "no such file: learnr.pkl: did you mean learner.pkl?"),
+        (["learner.pkl"], "loading a learner runs the code in it: add --trust if you know where learner.pkl is from"),
+        (["notes.pkl", "--trust"], "notes.pkl cannot be loaded as a learner: it is nothing that learn.export() writes"),
+        (["cut.pkl", "--trust"], "cut.pkl cannot be loaded as a learner: it is cut short"),
+        (["learner.pkl", "--trust", "--check", "photo"], "there is no folder photo: did you mean photos?"),
+        (["learner.pkl", "--trust", "--calibrate", "labels"], "there is no folder labels"),
+        (["learner.pkl", "--trust", "--check", "photos", "--open", "my.py"], "no such file: my.py"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_files_tell_is_said_before_torch_is_imported(arguments, message, learner_file, tmp_path):
+    shutil.copy(learner_file, tmp_path / "learner.pkl")
+    (tmp_path / "cut.pkl").write_bytes(learner_file.read_bytes()[:-5000])
+    (tmp_path / "notes.pkl").write_text("hello, this is no pickle")
+    (tmp_path / "photos").mkdir()
+    command = [sys.executable, "-c", WITHOUT_TORCH, *arguments]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, f"error: {message}\n")
+
+
+def test_an_interrupt_is_quiet_and_leaves_nothing(learner_file, tmp_path):
+    store = tmp_path / "store"
+    command = [sys.executable, "-m", "deployment.export", learner_file, "--trust", "--out", store]
+    export = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(store.glob(".export-*/store/model-config.yaml")):  # the proof begins
+            assert export.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        export.send_signal(signal.SIGINT)
+        said, _ = export.communicate(timeout=60)
+    finally:
+        export.kill()
+    assert (export.returncode, said) == (130, "") and not store.exists()
 
 
 class Trap:
@@ -643,14 +698,15 @@ def test_one_difference_refuses_and_says_where(owner, stage, message, data, tmp_
             out[0, 7, 8] += 1
         return out
 
-    (tmp_path / "fastunet.pth").write_bytes(b"what was there before")
+    before = {"fastunet.pth": b"what was there before", "fastunet.pt2": b"and of another export"}
+    for name, content in before.items():
+        (tmp_path / name).write_bytes(content)
     monkeypatch.setattr(owner, stage, broken)
     with pytest.raises(ExportError, match=rf"same\.png: .*{message}"):
         export_learner(learner, tmp_path)
     if stage == "load_network":  # neither way out came out equal
         assert "not written as a DynamicUnetDIY" in (said := capsys.readouterr().out) and "layer layers.0" in said
-    assert [p.name for p in tmp_path.iterdir()] == ["fastunet.pth"]
-    assert (tmp_path / "fastunet.pth").read_bytes() == b"what was there before"
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_broken_check_image_is_named(data, tmp_path):
@@ -664,3 +720,24 @@ def test_says_what_it_proved_and_on_how_many_images(data, tmp_path, capsys):
     assert capsys.readouterr().out == (
         "proven on 8 images (0.png, 0_mask.png, 1.png, …): from file to answer as learn.predict, bit for bit\n"
     )
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_shows_which_image_it_proves_on_a_terminal(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    export_learner(make(data), tmp_path / "store", check=data)
+    assert re.findall(r"proving image (\d) of 8: (\S+\.png)", terminal.getvalue())[-1] == ("8", "3_mask.png")
+
+
+def test_nothing_of_an_earlier_export_stays_beside_a_new_one(data, tmp_path):
+    earlier = ("fastunet.pt2", "fastunet.xml", "fastunet.bin", "fastunet.onnx")
+    own = {"fastunet.mar", "learner.pkl", "open_image.py", "fastunet.txt"}
+    for name in own.union(earlier):
+        (tmp_path / name).write_text(name)
+    export_learner(make(data), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == own | {"fastunet.pth", "model-config.yaml"}
+    assert all((tmp_path / name).read_text() == name for name in own)

@@ -16,6 +16,7 @@ WRITTEN = [
     "model_store/expected_mask.png",
     "model_store/first/first.mar",
     "model_store/03_TorchServe.ipynb",
+    *(f"model_store/sample_{name}" for name in ("output.txt", "overlay.jpg", "pred_mask.png", "figure.png")),
 ]
 OWN = [
     "data/street/images/1.png",
@@ -23,6 +24,7 @@ OWN = [
     "data/scenes-training/codes.txt",
     "model_store/.gitkeep",
     "model_store/theirs.pkl",
+    "model_store/sample_of_mine.png",
     "model_store/street.mar",
     "model_store/notes/first.txt",
     "logs/diary.txt",

@@ -6,6 +6,8 @@ import io
 import json
 import os
 import shutil
+import signal
+import subprocess
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -14,7 +16,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from conftest import draw_photo, encoded
+from conftest import CODES, draw_photo, encoded, uvicorn
 from PIL import Image
 
 from deployment import ai_platform
@@ -37,10 +39,11 @@ pytestmark = [
 
 
 @contextlib.contextmanager
-def serving_page(*arguments: str, folder: Path = ROOT):
+def serving_page(*arguments: str, folder: Path = ROOT, **environment: str):
     """The page that Python launches with `arguments`, on a free port; yields its URL once it answers."""
     (port,) = free_ports(1)
-    env = os.environ | {"GRADIO_SERVER_PORT": str(port)}
+    env = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")}
+    env |= {"GRADIO_SERVER_PORT": str(port)} | environment
     with started([str(PYTHON), *arguments], env, cwd=folder) as process:
         deadline = time.monotonic() + 60
         while True:
@@ -128,6 +131,54 @@ def test_no_server(browser):
     with serving_page("-m", "space.page", f"http://127.0.0.1:{port}") as url, opened(browser, url) as tab:
         tab.get_by_role("button", name="an example").or_(tab.locator(".gallery-item")).first.click()
         tab.get_by_text(f"No server answers at http://127.0.0.1:{port}").wait_for()
+
+
+def test_it_opens_in_the_browser_and_ends_quietly(tmp_path):
+    """$BROWSER is one that notes what it is to open."""
+    browser, opened = tmp_path / "browser", tmp_path / "opened"
+    browser.write_text(f'#!/bin/sh\necho "$1" > "{opened}"\n')
+    browser.chmod(0o755)
+    (port,) = free_ports(1)
+    env = os.environ | {"GRADIO_SERVER_PORT": str(port), "BROWSER": str(browser)}
+    command = [str(PYTHON), "-m", "space.page"]
+    page = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not (opened.exists() and opened.read_text()):
+            assert page.poll() is None and time.monotonic() < deadline, "no page was opened"
+            time.sleep(0.2)
+        assert opened.read_text().startswith(f"http://127.0.0.1:{port}")
+        page.send_signal(signal.SIGINT)
+        said, _ = page.communicate(timeout=30)
+        assert page.returncode in (0, 130) and "Traceback" not in said
+    finally:
+        page.kill()
+        page.wait()
+
+
+def test_the_form_names_the_colors_and_shows_shares_before_the_mask(browser, model_store, tmp_path):
+    ports = dict(zip(("port", "metrics_port"), free_ports(2), strict=True))
+    with uvicorn(model_store, tmp_path, **ports) as url:
+        form = {"files": {"data": SAMPLE.read_bytes()}}
+        answer = httpx.post(f"{url}/predictions/fastunet", **form, timeout=60, trust_env=False).json()
+        tab = browser.new_page()
+        tab.goto(url)
+        tab.locator("select[name=format] option").first.wait_for(state="attached")
+        tab.locator("input[type=file]").set_input_files(SAMPLE)
+        for format, names in ("overlay", CODES), ("json", answer["classes"]):
+            tab.locator("select[name=format]").select_option(format)
+            tab.get_by_role("button").click()
+            tab.locator("#answer img" if format == "overlay" else "#answer pre").wait_for()
+            shown = tab.locator("#legend li")
+            shares = [f" {100 * share:.1f} %" for share in answer["classes"].values()] if format == "json" else None
+            expected = {name + share for name, share in zip(names, shares or [""] * len(names), strict=True)}
+            assert set(shown.all_inner_texts()) == expected
+            color = shown.first.evaluate("item => getComputedStyle(item, '::before').backgroundColor")
+            first = next(i for i, name in enumerate(CODES) if name in names)
+            assert color == "rgb({}, {}, {})".format(*palette(CODES)[first])
+        text = tab.locator("#answer pre").inner_text()
+        assert text.index('"classes"') < text.index('"base64_prediction"')
+        tab.close()
 
 
 # What the contract says for other tasks than segmentation, and what the page makes of it: its text and its bars.

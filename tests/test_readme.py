@@ -99,12 +99,16 @@ def test_the_tutorial_from_top_to_bottom(clone, tmp_path):
     demo, test = [line.split("#")[0].strip() for line in commands(README)[:2]]
     assert (demo, test) == ("make demo", "make test")
     camvid.draw_scenes(tmp_path / "a few scenes", n_train=16, n_valid=4)
+    committed = {
+        path: path.read_bytes() for path in clone.glob("*/*") if path.suffix in (".png", ".jpg", ".txt", ".ipynb")
+    }
     printed = run(f'{demo} DATA="{tmp_path}/a few scenes" ARCH=resnet18 EPOCHS=1', clone)
     assert re.search(r"validation accuracy", printed)
     equal, total = re.search(r"masks equal: (\d+) of (\d+) images", printed).groups()
     assert equal == total and int(total) > 1
     assert "HTTP/1.1 200 OK" in printed
-    expected = np.array(Image.open(clone / "sample/sample_pred_mask.png"))
+    assert all(path.read_bytes() == content for path, content in committed.items())
+    expected = np.array(Image.open(clone / "model_store/sample_pred_mask.png"))
 
     runtimes = section("Other runtimes", DEPLOYMENT)
     for part in (section("Export"), section("Archive"), runtimes):

@@ -29,8 +29,15 @@ from deployment.answers import palette
 from deployment.archive import find_archive, make_archive
 from deployment.serve import is_healthy
 from deployment.server.front import rerouted, told_to_wait
-from deployment.server.processes import free_ports, last_error, own_folder, reserve_port, started
-from deployment.server.torchserve import command, ignored_variables, is_ready, model_status, workers_and_threads
+from deployment.server.processes import free_ports, last_error, own_folder, printed, reserve_port, started
+from deployment.server.torchserve import (
+    HARMLESS,
+    command,
+    ignored_variables,
+    is_ready,
+    model_status,
+    workers_and_threads,
+)
 
 PREDICT = "/predictions/fastunet"
 
@@ -470,6 +477,29 @@ def test_check_and_a_stop_that_loses_nothing(kind, model_store, tmp_path, photo,
         assert check(ports, tmp_path, "street", SERVER=kind) == 1
 
 
+def test_says_how_to_call_it_once_it_is_ready_and_an_interrupt_is_quiet(kind, model_store, tmp_path, photo):
+    log = tmp_path / "server.log"
+    with foreground(model_store, tmp_path, "--auth", "--name=fastune", SERVER=kind, **ONE_WORKER) as (process, ports):
+        wait_for(lambda: "ready: " in log.read_text())
+        lines = log.read_text().splitlines()
+        url, key_file = f"http://127.0.0.1:{ports['port']}/predictions/fastune", tmp_path / "key_file.json"
+        assert lines[-1] == (
+            f'ready: curl -T PHOTO.png -H "Authorization: Bearer TOKEN" {url}  '
+            f"(TOKEN: the key of `inference` in {key_file})"
+        )
+        assert "there is no fastune.mar: fastunet.mar, the only archive, is served by that name" in lines
+        assert not [line for line in lines if re.search("WARN|nvidia-smi not|rror", line)]
+        token = json.loads(key_file.read_text())["inference"]["key"]
+        answer = httpx.put(url, content=photo, headers={"Authorization": f"Bearer {token}"}, timeout=60)
+        assert answer.status_code == 200
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert bool(children) == (kind == "torchserve")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(120) == 0
+        assert not psutil.wait_procs(children, timeout=10)[1]
+        assert "Traceback" not in log.read_text()
+
+
 def serves(kind: str, ports: dict[str, int], name: str = "fastunet") -> bool:
     return is_ready(ports["management_port"], name=name) if kind == "torchserve" else is_healthy(ports["port"])
 
@@ -629,6 +659,8 @@ def serve_error(folder: Path, *arguments: str, **environment: str) -> str:
 
 def test_says_in_one_line_why_it_cannot_start(tmp_path):
     assert "no archive fastunet.mar" in serve_error(tmp_path)
+    typo = tmp_path.with_name(f"{tmp_path.name}_")
+    assert f"there is no folder {typo}: did you mean {tmp_path.name}?" in serve_error(typo)
     for name in ("street", "field"):
         (tmp_path / f"{name}.mar").touch()
     assert "there are field.mar, street.mar: choose with --name" in serve_error(tmp_path)
@@ -703,6 +735,16 @@ def test_the_error_that_a_worker_ended_with():
     assert "without saying why" in last_error(["nothing\n"])
 
 
+def test_what_is_harmless_is_not_printed_and_errors_are(capfdbinary):
+    errors = b"nvidia-smi: cannot open the driver\nWARNING: the heap is full\n"
+    script = "import sys; sys.stdout.buffer.write(sys.stdin.buffer.read())"
+    with printed(HARMLESS) as (output, said):
+        said_by_java = b"\n".join([*HARMLESS, b""]) + errors
+        subprocess.run([sys.executable, "-c", script], input=said_by_java, stdout=output, check=True)
+    assert capfdbinary.readouterr().out == errors
+    assert "".join(said).encode() == errors
+
+
 @pytest.mark.soak
 def test_torchserve_ends_with_the_error_of_workers_that_cannot_load_the_model(exported, tmp_path):
     shutil.copy(exported / "model-config.yaml", tmp_path)
@@ -721,6 +763,11 @@ def test_the_only_archive_is_served_by_any_name(tmp_path):
     (tmp_path / "fastunet.mar").touch()
     assert find_archive(tmp_path) == (tmp_path / "fastunet.mar", "fastunet")
     assert find_archive(tmp_path, "street") == (tmp_path / "street.mar", "street")
+
+
+def test_the_tokens_that_uvicorn_left_do_not_disturb_torchserve(tmp_path):
+    (tmp_path / "key_file.json").write_text('{"inference": {"key": "of uvicorn"}}')
+    assert not is_ready(free_ports(1)[0], tmp_path)
 
 
 def test_no_workers_are_as_many_as_by_default(monkeypatch):

@@ -3,13 +3,34 @@
 import argparse
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 
+from ..archive import missing_folder, near
 from ..config import read_config
 from ..runtime import PRECISIONS
-from . import ExportError, export_learner, load_learner, load_rescued
 
 OWN_LEARNER = Path(__file__).resolve().parents[2] / "model_store" / "learner.pkl"  # that the notebooks write
+
+
+def why_refused(args: argparse.Namespace) -> str | None:
+    """What is wrong with the arguments as far as files tell by themselves, before torch and fastai are imported."""
+    path = Path(args.learner)
+    if not path.is_file():
+        return f"no such file: {path}{near(path.name, [file.name for file in path.parent.glob('*.pkl')])}"
+    with path.open("rb") as file:
+        head = file.read(4)
+    if not (head[:1] == b"\x80" or zipfile.is_zipfile(path)):
+        how = "it is cut short" if head == b"PK\3\4" else "it is nothing that learn.export() writes"
+        return f"{path} cannot be loaded as a learner: {how}"
+    if not args.trust and path.resolve() != OWN_LEARNER:
+        return f"loading a learner runs the code in it: add --trust if you know where {path} is from"
+    for folder in filter(None, (args.check, args.calibrate)):
+        if not Path(folder).is_dir():
+            return missing_folder(folder)
+    if args.open and not Path(args.open).is_file():
+        return f"no such file: {args.open}"
+    return None
 
 
 def main() -> None:
@@ -42,12 +63,13 @@ def main() -> None:
     )
     parser.add_argument("--onnx", action="store_true", help="write fastunet.onnx too, checked with onnxruntime")
     args = parser.parse_args()
+    if reason := why_refused(args):
+        print(f"error: {reason}", file=sys.stderr)
+        sys.exit(2)
     warnings.filterwarnings("ignore", category=FutureWarning)  # fastai's own, about torch.jit
+    from .write import EXPORTED, ExportError, export_learner, load_learner, load_rescued  # takes seconds
+
     try:
-        if not args.trust and Path(args.learner).exists() and Path(args.learner).resolve() != OWN_LEARNER:
-            raise ExportError(
-                f"loading a learner runs the code in it: add --trust if you know where {args.learner} is from"
-            )
         of_opening = ("learner", "out", "trust", "rescue")
         options = {name: value for name, value in vars(args).items() if name not in of_opening}
         learner, earlier = load_rescued(args.learner) if args.rescue else (load_learner(args.learner), None)
@@ -61,14 +83,12 @@ def main() -> None:
         reason = " ".join(f"{type(e).__name__}: {e}".split())
         print(f"error: {args.learner} cannot be exported ({reason})", file=sys.stderr)
         sys.exit(2)
-    files = [
-        read_config(out).model_file,
-        *(["fastunet.onnx"] if args.onnx else []),
-        "model-config.yaml",
-        "MODEL_CARD.md",
-    ]
-    print("wrote " + ", ".join(str(out / file) for file in files))
+    names = [*EXPORTED, *(["open_image.py"] if read_config(out).opener else []), "model-config.yaml", "MODEL_CARD.md"]
+    print("wrote " + ", ".join(str(out / name) for name in names if (out / name).exists()))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from .. import answers
 from ..config import Config
@@ -89,15 +90,19 @@ def prove(
     handler, served = Handler(), ServedModel(config, folder)
     handler.load(folder, gpu=-1)
     batches = {}
-    for path in images:
-        theirs = predict_file(learner, model, path, pipeline.skip)
-        if not torch.equal(theirs.x, theirs.seen):
-            who = changing_callback(learner, model, path, pipeline.skip)
-            raise ExportError(f"{path.name}: {who} changes the batch after the transforms, which serving cannot repeat")
-        x = compare_pixels(path, theirs, handler.preprocessor, served, bool(pipeline.own))
-        compare_logits(path, theirs, x, served, model)
-        compare_answers(path, theirs, handler)
-        batches.setdefault(x.shape, []).append((theirs.x, x))
+    with tqdm(images, bar_format="{desc}", leave=False, disable=None) as shown:  # on a terminal alone
+        for i, path in enumerate(shown, 1):
+            shown.set_description_str(f"proving image {i} of {len(images)}: {path.name}")
+            theirs = predict_file(learner, model, path, pipeline.skip)
+            if not torch.equal(theirs.x, theirs.seen):
+                who = changing_callback(learner, model, path, pipeline.skip)
+                raise ExportError(
+                    f"{path.name}: {who} changes the batch after the transforms, which serving cannot repeat"
+                )
+            x = compare_pixels(path, theirs, handler.preprocessor, served, bool(pipeline.own))
+            compare_logits(path, theirs, x, served, model)
+            compare_answers(path, theirs, handler)
+            batches.setdefault(x.shape, []).append((theirs.x, x))
     for pairs in batches.values():
         compare_batch(pairs[:BATCH] * (BATCH if len(pairs) == 1 else 1), model, served)
     sizes = f" of {len(batches)} sizes" if len(batches) > 1 else ""

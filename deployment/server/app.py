@@ -34,6 +34,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from ..answers import palette
 from ..handler import Handler, Job
 from ..memory import memory_limit
 from ..protocol import Rejected, busy, reasons, rejection
@@ -66,6 +67,8 @@ class Application:
         written = (HERE / "openapi.yaml").read_text(encoding="utf-8")
         self.description = yaml.safe_load(written.replace("NAME", name))
         self.inference_protocol = inference_protocol.InferenceProtocol(handler, name, version, self.answer)
+        if handler.config.task == "segmentation":
+            self.description["x-legend"] = legend(handler.config.classes)
         self.tracer = tracing.make_tracer()
         self.end: Callable[[], object] = lambda: None  # the process, so that another can be started
         self.arriving = self.requests = 0  # requests whose bodies are read, and those that wait or are computed
@@ -226,6 +229,13 @@ def is_quick(job: Job) -> bool:
     return len(job.items) == 1 and job.items[0].counted <= QUICK_PIXELS
 
 
+def legend(classes: list[str]) -> list[dict[str, str]]:
+    """Name and color of each class, for the page."""
+    return [
+        {"name": name, "color": f"#{bytes(color).hex()}"} for name, color in zip(classes, palette(classes), strict=True)
+    ]
+
+
 def refusal(error: Rejected) -> Response:
     """`error` as the answer to a whole request."""
     return JSONResponse(error.as_json(), error.status, error.headers)
@@ -246,12 +256,29 @@ def version_of(folder: Path | str) -> str:
     return json.loads(manifest.read_text(encoding="utf-8"))["model"]["modelVersion"] if manifest.is_file() else "1.0"
 
 
+class Server(uvicorn.Server):
+    """uvicorn's, which calls `ready` once it listens."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]):
+        super().__init__(config)
+        self.ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.ready()
+
+
 def serve_archive(
-    archive: Path, name: str, public: socket.socket, metrics_address: tuple[str, int], key_file: Path | None
+    archive: Path,
+    name: str,
+    public: socket.socket,
+    metrics_address: tuple[str, int],
+    key_file: Path | None,
+    ready: Callable[[], None] = lambda: None,
 ) -> None:
     """Serve `archive` as `name` on `public` until SIGTERM or SIGINT, then finish what is in flight.
 
-    With `key_file` predictions need the token that is written there.
+    With `key_file` predictions need the token that is written there. `ready` is called once they are answered.
 
     Raises:
         RuntimeError: the model fails on every image.
@@ -281,7 +308,7 @@ def serve_archive(
         server_header=False,
         timeout_graceful_shutdown=DRAIN_SECONDS,
     )
-    server = uvicorn.Server(config)
+    server = Server(config, ready)
     application.end = lambda: setattr(server, "should_exit", True)
     server.run(sockets=[public])
     if handler.broken:

@@ -98,14 +98,19 @@ def stop(server: subprocess.Popen) -> None:
 
 
 @contextlib.contextmanager
-def printed() -> Iterator[tuple[int, deque[str]]]:
-    """A file for the output of children, which is printed as it comes, and the last lines of it."""
+def printed(without: tuple[bytes, ...] = ()) -> Iterator[tuple[int, deque[str]]]:
+    """A file for the output of children, which is printed as it comes, and the last lines of it.
+
+    Lines that begin as one of `without` are left out.
+    """
     reading, writing = os.pipe()
     said = deque(maxlen=1000)
 
     def pass_on() -> None:
         with open(reading, "rb") as output:
             for line in output:
+                if line.startswith(without):
+                    continue
                 said.append(line.decode(errors="replace"))
                 with contextlib.suppress(OSError, ValueError):  # nobody reads it any more, and children must not wait
                     sys.stdout.buffer.write(line)

@@ -18,7 +18,7 @@ import threading
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..archive import find_archive, runtime_of
@@ -42,6 +42,11 @@ IGNORED = (
     "JAVA_TOOL_OPTIONS",
     "JDK_JAVA_OPTIONS",
     "_JAVA_OPTIONS",
+)
+# What Java prints past its log and is no fault: the first on every start, the second on every one without a GPU.
+HARMLESS = (
+    b"WARNING: sun.reflect.Reflection.getCallerClass is not supported.",
+    b"nvidia-smi not available or failed: Cannot run program",
 )
 LOAD_ATTEMPTS = 3  # of each worker, after which the server ends
 
@@ -203,7 +208,7 @@ def model_status(management_port: int, folder: Path | str = ".", name: str = "fa
     """
     path = urllib.parse.quote(f"/models/{name}")
     request = urllib.request.Request(f"http://127.0.0.1:{management_port}{path}")
-    with contextlib.suppress(FileNotFoundError):  # TorchServe writes it when it asks for tokens
+    with contextlib.suppress(FileNotFoundError, KeyError):  # TorchServe writes it when it asks for tokens
         keys = json.loads(Path(folder, "key_file.json").read_text())
         request.add_header("Authorization", f"Bearer {keys['management']['key']}")
     with DIRECT.open(request, timeout=5) as answer:
@@ -251,8 +256,17 @@ def drain(management_port: int, folder: Path | str, name: str, timeout: float = 
         time.sleep(0.25)
 
 
-def run(argv: list[str], env: dict[str, str], management_port: int, folder: Path | str, name: str) -> int:
+def run(
+    argv: list[str],
+    env: dict[str, str],
+    management_port: int,
+    folder: Path | str,
+    name: str,
+    on_ready: Callable[[], None] = lambda: None,
+) -> int:
     """TorchServe in the foreground, until it ends or SIGTERM or SIGINT comes; returns the exit status.
+
+    `on_ready` is called once a worker is ready.
 
     Raises:
         RuntimeError: its workers cannot load the model; the message says why. TorchServe alone would try for ever, and
@@ -261,10 +275,12 @@ def run(argv: list[str], env: dict[str, str], management_port: int, folder: Path
     stopping, seen, ready = threading.Event(), set(), False
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
-    with printed() as (output, said), started(argv, env, cwd=folder, stdout=output, stderr=output) as server:
+    with printed(HARMLESS) as (output, said), started(argv, env, cwd=folder, stdout=output, stderr=output) as server:
         while server.poll() is None and not stopping.wait(0.5):
             if not ready and (workers := workers_of(management_port, folder, name)):
                 ready = any(worker["status"] == "READY" for worker in workers)
+                if ready:
+                    on_ready()
                 seen |= {worker["pid"] for worker in workers if worker["pid"] > 0}
                 if not ready and len(seen) > LOAD_ATTEMPTS * len(workers):
                     raise RuntimeError(f"the model cannot be loaded: {last_error(said)}")
