@@ -89,6 +89,7 @@ def run(options: argparse.Namespace) -> tables.Output:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """The command line; `arguments` in place of the process's own."""
     parser = argparse.ArgumentParser(prog="python -m deployment.bulk", description=__doc__.splitlines()[0])
     parser.add_argument("photos", help="a folder, gs://BUCKET/FOLDER or s3://BUCKET/FOLDER")
     parser.add_argument("--model-store", default="model_store", help="folder of the archive (default: %(default)s)")

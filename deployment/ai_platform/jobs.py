@@ -149,6 +149,7 @@ def objects(folders: Sequence[str], client: "storage.Client", destination: str =
 
 
 def address(blob: "storage.Blob") -> str:
+    """The address of `blob`, gs://BUCKET/NAME."""
     return f"gs://{blob.bucket.name}/{blob.name}"
 
 
