@@ -103,7 +103,9 @@ def test_the_tutorial_from_top_to_bottom(clone, tmp_path):
         path: path.read_bytes() for path in clone.glob("*/*") if path.suffix in (".png", ".jpg", ".txt", ".ipynb")
     }
     printed = run(f'{demo} DATA="{tmp_path}/a few scenes" ARCH=resnet18 EPOCHS=1', clone)
-    assert re.search(r"validation accuracy", printed)
+    assert re.search(r"^pixel accuracy 0\.\d+, mean IoU 0\.\d+$", printed, re.M) and re.search(
+        r"^Pedestrian ", printed, re.M
+    )
     equal, total = re.search(r"masks equal: (\d+) of (\d+) images", printed).groups()
     assert equal == total and int(total) > 1
     assert "HTTP/1.1 200 OK" in printed
