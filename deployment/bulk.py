@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> tables.Output:
         output.add(pa.Table.from_pylist([{"path": path, "error": UNREADABLE} for path in lost], schema))
     finally:
         output.write()
-        output.show()
+        output.show(end="\n")
         ray.shutdown()
     return output
 
