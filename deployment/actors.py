@@ -103,6 +103,7 @@ def compute(
         include_paths=True,
         ignore_missing_paths=True,
         num_cpus=0.1,
+        concurrency=2 * actors,  # each reads in a process of its own
         override_num_blocks=math.ceil(len(sizes) / in_block),
     )
     calls = {"max_concurrent_calls_per_actor": 2, "max_tasks_in_flight_per_actor": 4}

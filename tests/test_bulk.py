@@ -308,22 +308,23 @@ def test_a_node_that_is_lost_loses_and_doubles_nothing(archive, tmp_path):
         process = subprocess.Popen(argv, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
         wait_for(lambda: process.poll() is not None or len(files_in(out)) > 1)
         assert process.poll() is None, process.communicate()
-        ray.init(cluster.address, log_to_driver=False)
-        busy = {actor.node_id for actor in list_actors() if actor.state == "ALIVE"}
-        print(f"\nactors on {len(busy)} nodes, {len(rows_in(out))} rows: one node is killed")
-        ray.shutdown()
-        assert len(busy) == 2
+        wait_for(lambda: len(seconds_computed()) == 2 and min(seconds_computed().values()) > 5)
+        print(f"\nseconds computed, by node: {seconds_computed()}; {len(rows_in(out))} rows; a node is killed")
         cluster.remove_node(second, allow_graceful=False)
         _, log = process.communicate(timeout=400)
-        print(log)
+        print(f"then:\n{log}")
     assert process.returncode == 1 and log.endswith("\n5 of 1505 images have an error\n")
     assert len(rows_in(out)) == 1505
 
 
-def list_actors() -> list:
-    from ray.util.state import list_actors
-
-    return [actor for actor in list_actors() if "MapWorker" in actor.class_name]
+def seconds_computed() -> dict[int, float]:
+    """The seconds that actors of this process's cluster computed, by the process of their node."""
+    seconds = {}
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "MapWorker" in " ".join(process.cmdline()):
+                seconds[process.ppid()] = process.cpu_times().user
+    return seconds
 
 
 # --- without Ray ---
