@@ -83,7 +83,8 @@ def run(options: argparse.Namespace) -> tables.Output:
         lost = [prefix + path for path in missing if prefix + path not in output.paths]
         if len(lost) == len(left):
             raise RuntimeError("none of the images could be computed: Ray's logs in /tmp/ray say why")
-        output.add(pa.Table.from_pylist([{"path": path, "error": UNREADABLE} for path in lost], schema))
+        if lost:
+            output.add(pa.Table.from_pylist([{"path": path, "error": UNREADABLE} for path in lost], schema))
     finally:
         output.write()
         output.show(end="\n")
