@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 import time
+import warnings
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +16,13 @@ import pyarrow as pa
 import ray
 from pyarrow.fs import FileSystem
 from ray._private import ray_constants
+from ray.util.annotations import RayDeprecationWarning
 
 from .handler import Handler
 from .runtime import cores, memory_limit
 
 BLOCK_BYTES, BLOCK_FILES = 8 * 2**20, 32  # at most, of files that travel together
+ALONE = {"max_concurrent_calls_per_actor": 1, "max_tasks_in_flight_per_actor": 1}  # what ends an actor ends no other
 FAILED_BLOCKS = 100  # after so many that could not be read or computed the run gives up
 
 
@@ -103,15 +106,19 @@ def compute(
         include_paths=True,
         ignore_missing_paths=True,
         num_cpus=0.1,
+        concurrency=2 * actors,  # each reads in a process of its own
         override_num_blocks=math.ceil(len(sizes) / in_block),
     )
-    calls = {"max_concurrent_calls_per_actor": 2, "max_tasks_in_flight_per_actor": 4}
-    yield from images.map_batches(
-        Answers,
-        fn_constructor_args=(threads, *settings),
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=actors, enable_true_multi_threading=True, **calls),
-        num_cpus=0.4 * threads,  # in Ray's books: the rest is for tasks that read, and for actors of a lost machine
-        ray_remote_args_fn=lambda: {"scheduling_strategy": "SPREAD", "max_task_retries": 2},
-    ).iter_batches(batch_size=None, batch_format="pyarrow")
+    calls = {"max_concurrent_calls_per_actor": 2, "max_tasks_in_flight_per_actor": 4} if together else ALONE
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RayDeprecationWarning)  # there is no other way to limit retries yet
+        answers = images.map_batches(
+            Answers,
+            fn_constructor_args=(threads, *settings),
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=actors, enable_true_multi_threading=together, **calls),
+            num_cpus=0.4 * threads,  # in Ray's books: the rest is for tasks that read, and for actors of a lost machine
+            max_task_retries=2,
+        )
+    yield from answers.iter_batches(batch_size=None, batch_format="pyarrow")

@@ -26,6 +26,7 @@ from .archive import find_archive
 from .config import read_config
 from .protocol import SIZES, Rejected, read_options
 
+FAULTS = (OSError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile, Rejected, ray.exceptions.RayError)
 UNREADABLE = {"code": 500, "type": "Unreadable", "message": "it could not be read, or ended the process that read it"}
 
 
@@ -54,7 +55,7 @@ def run(options: argparse.Namespace) -> tables.Output:
 
     Raises:
         OSError, ValueError, Rejected: there is no such archive or folder, no file in it, or an option does not fit.
-        ray.exceptions.RayError: the cluster, or the model, failed.
+        RuntimeError, ray.exceptions.RayError: the cluster, or the model, failed.
     """
     archive, _ = find_archive(options.model_store)
     task, data = read_task(archive), archive.read_bytes()
@@ -80,10 +81,13 @@ def run(options: argparse.Namespace) -> tables.Output:
         for table in compute(there, files, False, *settings) if there else ():
             output.add(table)
         lost = [prefix + path for path in missing if prefix + path not in output.paths]
-        output.add(pa.Table.from_pylist([{"path": path, "error": UNREADABLE} for path in lost], schema))
+        if len(lost) == len(left):
+            raise RuntimeError("none of the images could be computed: Ray's logs in /tmp/ray say why")
+        if lost:
+            output.add(pa.Table.from_pylist([{"path": path, "error": UNREADABLE} for path in lost], schema))
     finally:
         output.write()
-        output.show()
+        output.show(end="\n")
         ray.shutdown()
     return output
 
@@ -105,8 +109,8 @@ def main(arguments: list[str] | None = None) -> None:
         status = 1 if output.errors else 0
     except KeyboardInterrupt:
         status = 130
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, Rejected, ray.exceptions.RayError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except FAULTS as error:
+        print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)  # of a stack the reason
     if status == 1:
         print(f"{output.errors} of {len(output.paths)} images have an error", file=sys.stderr)
     sys.exit(status)

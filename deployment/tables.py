@@ -108,10 +108,10 @@ class Output:
         parquet.write_table(table, f"{self.folder}/.{name}", filesystem=self.files)
         self.files.move(f"{self.folder}/.{name}", f"{self.folder}/{name}")
 
-    def show(self) -> None:
-        """Say how far it is: in a terminal in one line that changes."""
+    def show(self, end: str = "") -> None:
+        """Say how far it is: in a terminal in one line that changes, and after which comes `end`."""
         self.shown, done = time.monotonic(), len(self.paths)
         rate = (done - self.before) / max(self.shown - self.began, 1e-3)
         left = timedelta(seconds=round((self.total - done) / rate)) if rate else "unknown"
         line = f"{done} of {self.total} images, {rate:.1f} images/s, time left {left}, {self.errors} error(s)"
-        print(f"\r\033[K{line}" if sys.stderr.isatty() else f"{line}\n", end="", file=sys.stderr, flush=True)
+        print(f"\r\033[K{line}{end}" if sys.stderr.isatty() else f"{line}\n", end="", file=sys.stderr, flush=True)

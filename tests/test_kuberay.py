@@ -24,7 +24,7 @@ def test_agrees_with_the_image_and_the_pins():
     assert f"--uid {user} " in (ROOT / "Dockerfile").read_text()
     [workers] = CLUSTER["workerGroupSpecs"]
     assert workers["replicas"] == workers["minReplicas"] == workers["maxReplicas"]  # actors are counted at the start
-    command = shlex.split(JOB["spec"]["entrypoint"].partition("||")[0])
+    command = shlex.split(JOB["spec"]["entrypoint"])
     assert command[:3] == ["python", "-m", "deployment.bulk"] and command[-2:] == ["--address", "auto"]
 
 
@@ -32,7 +32,7 @@ def test_fits_the_schema():
     jsonschema.validate(JOB, SCHEMA)
     text = yaml.safe_dump(JOB)
     for right, wrong in [
-        ("backoffLimit: 2", "backoffLimits: 2"),
+        ("ttlSecondsAfterFinished: 60", "ttlSeconds: 60"),
         ("num-cpus: '0'", "num-cpus: 0"),
         ("rayVersion: 2.60.0", "rayVersion: 2.6"),
         ("groupName: workers", "name: workers"),

@@ -14,7 +14,8 @@ What is real here
   * prediction: deploying (or a batch job) starts the image's command, `python -m deployment.serve`, with the AIP_*
     variables, waits for its startup probe (run in /, by its period and its timeout, and the container is started
     anew where it fails) and its health route, and sends it the JSON that the service would send; a batch job sends 64
-    instances in one request unless the job says otherwise, and a request that fails again, up to three times.
+    instances in one request unless the job says otherwise, and a request that fails again, up to three times; of a
+    file-list it reads each object.
 
 What is not
   * An image is a name and the model store it would hold: nothing is pulled, isolated, or limited (test_image.py
