@@ -268,7 +268,7 @@ def test_batches(folder, modeling):
     photos, masks = modeling.dataloaders(folder, bs=4).one_batch()
     assert photos.shape == (4, 3, 96, 128) and masks.shape == (4, 96, 128)
     assert 0 <= photos.min() and photos.max() <= 1 and set(masks.unique().tolist()) <= {0, 1, 2}
-    photos, masks = modeling.dataloaders(folder, bs=4, crop=(48, 64)).one_batch()
+    photos, masks = modeling.dataloaders(folder, bs=4, size=(48, 64)).one_batch()
     assert photos.shape == (4, 3, 48, 64) and masks.shape == (4, 48, 64)
 
 
