@@ -22,7 +22,7 @@ from deployment.export.dataset import label_of, list_photos, split_photos
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = (96, 128)  # what the model sees: height, width
 N_TRAIN, N_VALID = 120, 30  # how many scenes there are
-SAMPLE_SEED = 201_533
+SAMPLE_SEED = 201_521
 
 # The folder is named after the code that draws it: when the code changes, the scenes are drawn again.
 _DRAWN_BY = hashlib.sha256(Path(scenes.__file__).read_bytes() + bytes((N_TRAIN, N_VALID))).hexdigest()[:8]

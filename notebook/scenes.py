@@ -4,7 +4,7 @@ A scene is a small world in metres (x to the right, y up, z away from the camera
 pinhole camera and painted from far to near, four times larger than needed. Each stroke goes into the picture and,
 with the index of its class, into the mask. Walls, cars, fences and clothes share one set of colors, so that a network
 has to learn what things look like and where they stand, not which color they have. Poles, signs, fences and people
-stand near the camera, where they are more than a pixel wide, and cover a seventh of the pictures. (In CamVid they cover
+stand near the camera, where they are more than a pixel wide, and cover a sixth of the pictures. (In CamVid they cover
 a twentieth, which takes more to learn than the minutes that a tutorial has.)
 """
 
@@ -502,7 +502,7 @@ def car(c, rng, x, z, oncoming):
 def person(c, rng, x, z):
     """Somebody on foot, sometimes small, sometimes under an umbrella."""
     tall, skin = rng.uniform(1.1, 1.3) if rng.random() < 0.15 else rng.uniform(1.6, 1.9), pick(rng, SKIN)
-    coat, trousers, stride = pick(rng, PAINT), pick(rng, PAINT[7:11]), rng.uniform(0.05, 0.24) * tall / 1.8
+    coat, trousers, stride = pick(rng, PAINT[8:]), pick(rng, PAINT[7:11]), rng.uniform(0.05, 0.24) * tall / 1.8
     k = tall / 1.8
     c.shadow(x - 0.2, x + 0.2, z, z + 0.2, tall)
     for foot in (-stride, stride):
@@ -657,7 +657,7 @@ def draw_scene(seed: int, size: tuple[int, int] = (96, 128)) -> tuple[Image.Imag
                 things.append((z + 6, tree, (c, rng, side * (half + 0.5), z + 6, rng.uniform(4, 6.5))))
         for z in rng.uniform(5, 14, rng.integers(1, 3)):
             things.append((z, sign, (c, rng, side * (half + rng.uniform(0.4, 1.0)), z)))
-        for z in rng.uniform(4, 10, rng.integers(2, 5)):
+        for z in rng.uniform(4, 9, rng.integers(3, 5)):
             things.append((z, person, (c, rng, side * rng.uniform(half + 0.4, edge - 0.5), z)))
         for z in rng.uniform(5, 16, rng.integers(0, 2)):
             things.append((z, bin_, (c, rng, side * (edge - 0.5), z)))

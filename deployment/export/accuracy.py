@@ -169,9 +169,9 @@ def compare_masks(
 
 def mask_scores(masks: Iterable[Tensor], labels: Iterable[Tensor], classes: list[str]) -> dict[str, float]:
     """Pixel accuracy and mean IoU (over the classes that occur) of `masks`; void, found by its name, does not count."""
-    scores = class_scores(masks, labels, classes).values()
-    accuracy = sum(score["share"] * score["recall"] for score in scores)
-    return {"pixel_accuracy": accuracy, "mean_iou": sum(score["iou"] for score in scores) / len(scores)}
+    labeled, predicted, hits = count_pixels(masks, labels, classes)
+    iou = hits[labeled > 0] / (labeled + predicted - hits)[labeled > 0]
+    return {"pixel_accuracy": float(hits.sum() / labeled.sum()), "mean_iou": float(iou.mean())}
 
 
 def class_scores(masks: Iterable[Tensor], labels: Iterable[Tensor], classes: list[str]) -> dict[str, dict[str, float]]:
@@ -181,13 +181,7 @@ def class_scores(masks: Iterable[Tensor], labels: Iterable[Tensor], classes: lis
         By the name of the class: its `share` of the pixels, the `recall`, which is the share of its pixels that
         `masks` have right, and `iou`, intersection over union. The pixels that are void in `labels` do not count.
     """
-    n = len(classes)
-    pairs = np.zeros((n, n), np.int64)  # rows: label, columns: mask
-    for mask, label in zip(masks, labels, strict=True):
-        pairs += np.bincount(label.numpy().ravel() * np.int64(n) + mask.numpy().ravel(), minlength=n * n).reshape(n, n)
-    void = [i for i, name in enumerate(classes) if re.fullmatch("void", name, re.I)]
-    pairs[void] = 0
-    labeled, predicted, hits = pairs.sum(axis=1), pairs.sum(axis=0), pairs.diagonal()
+    labeled, predicted, hits = count_pixels(masks, labels, classes)
     return {
         classes[i]: {
             "share": float(labeled[i] / labeled.sum()),
@@ -196,6 +190,19 @@ def class_scores(masks: Iterable[Tensor], labels: Iterable[Tensor], classes: lis
         }
         for i in np.flatnonzero(labeled)
     }
+
+
+def count_pixels(
+    masks: Iterable[Tensor], labels: Iterable[Tensor], classes: list[str]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each class, the pixels that are of it in `labels`, in `masks` and in both, where `labels` are not void."""
+    n = len(classes)
+    pairs = np.zeros((n, n), np.int64)  # rows: label, columns: mask
+    for mask, label in zip(masks, labels, strict=True):
+        pairs += np.bincount(label.numpy().ravel() * np.int64(n) + mask.numpy().ravel(), minlength=n * n).reshape(n, n)
+    void = [i for i, name in enumerate(classes) if re.fullmatch("void", name, re.I)]
+    pairs[void] = 0
+    return pairs.sum(axis=1), pairs.sum(axis=0), pairs.diagonal()
 
 
 def report_text(report: dict) -> str:
