@@ -1,4 +1,4 @@
-"""Learners from elsewhere: pickled by another Python, by another program, by an older fastai."""
+"""Learners from elsewhere: pickled by another Python, by another program. See test_rescue.py for an older fastai."""
 
 import gzip
 import io
@@ -35,7 +35,9 @@ def unpacked(file: Path, folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("file", sorted(LEARNERS.glob("*.gz")), ids=lambda file: file.name.removesuffix(".pkl.gz"))
+@pytest.mark.parametrize(
+    "file", sorted(LEARNERS.glob("python*.gz")), ids=lambda file: file.name.removesuffix(".pkl.gz")
+)
 def test_learner_of_another_python_is_exported(file, tmp_path):
     learner = load_learner(unpacked(file, tmp_path))
     store = export_learner(learner, tmp_path / "store")
@@ -104,7 +106,7 @@ def run_export(path: Path, out: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def test_learner_of_an_older_fastai_is_one_line_with_the_remedy(tmp_path):
+def test_older_fastai_that_cannot_be_opened_is_one_line_with_the_remedy(tmp_path):
     torch.save({"dls": 1}, tmp_path / "old.pkl", pickle_module=old_fastai())
     done = run_export(tmp_path / "old.pkl", tmp_path / "store")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "fastai<2.8" in done.stderr
