@@ -134,7 +134,7 @@ def read_request(text: bytes, binary: bytes) -> tuple[dict, Asked]:
         raise bad_request(FORM)
     if inputs[0].get("name") != "image" or inputs[0].get("datatype") != "BYTES":
         raise bad_request("the model has one input: the tensor `image` of the datatype BYTES")
-    given, identifier = parameters(content), content.get("id", "")
+    given, identifier = parameters(content), content.get("id") or ""
     if not isinstance(identifier, str) or len(identifier) > MAX_ID:
         raise bad_request(f"`id` must be a string of up to {MAX_ID} characters")
     as_binary = given.get("binary_data_output") is True
