@@ -167,7 +167,7 @@ def test_the_form_names_the_colors_and_shows_shares_before_the_mask(browser, mod
         tab.locator("input[type=file]").set_input_files(SAMPLE)
         for format, names in ("overlay", CODES), ("json", answer["classes"]):
             tab.locator("select[name=format]").select_option(format)
-            tab.get_by_role("button").click()
+            tab.get_by_role("button", name="Send").click()
             tab.locator("#answer img" if format == "overlay" else "#answer pre").wait_for()
             shown = tab.locator("#legend li")
             shares = [f" {100 * share:.1f} %" for share in answer["classes"].values()] if format == "json" else None

@@ -63,8 +63,12 @@ def main() -> None:
     )
     parser.add_argument("--onnx", action="store_true", help="write fastunet.onnx too, checked with onnxruntime")
     args = parser.parse_args()
-    if reason := why_refused(args):
-        print(f"error: {reason}", file=sys.stderr)
+    try:
+        refused = why_refused(args)
+    except OSError as error:
+        refused = str(error)
+    if refused:
+        print(f"error: {refused}", file=sys.stderr)
         sys.exit(2)
     warnings.filterwarnings("ignore", category=FutureWarning)  # fastai's own, about torch.jit
     from .write import EXPORTED, ExportError, export_learner, load_learner, load_rescued  # takes seconds

@@ -229,13 +229,6 @@ def is_quick(job: Job) -> bool:
     return len(job.items) == 1 and job.items[0].counted <= QUICK_PIXELS
 
 
-def legend(classes: list[str]) -> list[dict[str, str]]:
-    """Name and color of each class, for the page."""
-    return [
-        {"name": name, "color": f"#{bytes(color).hex()}"} for name, color in zip(classes, palette(classes), strict=True)
-    ]
-
-
 def refusal(error: Rejected) -> Response:
     """`error` as the answer to a whole request."""
     return JSONResponse(error.as_json(), error.status, error.headers)
@@ -248,6 +241,13 @@ def write_token(key_file: Path) -> str:
     with open(os.open(key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         json.dump({"inference": {"key": token}}, file)
     return token
+
+
+def legend(classes: list[str]) -> list[dict[str, str]]:
+    """Name and color of each class, for the page."""
+    return [
+        {"name": name, "color": f"#{bytes(color).hex()}"} for name, color in zip(classes, palette(classes), strict=True)
+    ]
 
 
 def version_of(folder: Path | str) -> str:
