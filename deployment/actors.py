@@ -11,6 +11,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pyarrow as pa
 import ray
@@ -19,7 +20,8 @@ from ray._private import ray_constants
 from ray.util.annotations import RayDeprecationWarning
 
 from .handler import Handler
-from .runtime import cores, memory_limit
+from .memory import memory_limit
+from .runtime import cores
 
 BLOCK_BYTES, BLOCK_FILES = 8 * 2**20, 32  # at most, of files that travel together
 ALONE = {"max_concurrent_calls_per_actor": 1, "max_tasks_in_flight_per_actor": 1}  # what ends an actor ends no other
@@ -72,14 +74,14 @@ def keep_terminal_clean() -> None:
 def start_ray(address: str | None) -> tuple[int, int]:
     """Connect to the cluster at `address`, else start Ray here; returns how many actors, and the cores of each."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    here = {"num_cpus": cores(), "object_store_memory": max(memory_limit() // 8, 100 * 2**20)}
+    here: dict[str, Any] = {"num_cpus": cores(), "object_store_memory": max(memory_limit() // 8, 100 * 2**20)}
     if not address:
         here["include_dashboard"] = False
         # Of any address Ray makes this machine's public one, unless it believes that it cannot be part of a cluster.
         ray_constants.ENABLE_RAY_CLUSTER = False
         os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
         os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
-    ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **({} if address else here))
+    ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **({} if address else here))
     settings = ray.data.DataContext.get_current()
     settings.enable_progress_bars, settings.target_max_block_size = False, BLOCK_BYTES
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are rows, or end the run
@@ -89,7 +91,7 @@ def start_ray(address: str | None) -> tuple[int, int]:
 
 
 def compute(
-    sizes: dict[str, int], files: FileSystem, together: bool, actors: int, threads: int, *settings
+    sizes: dict[str, int], files: FileSystem, together: bool, actors: int, threads: int, *settings: Any
 ) -> Iterator[pa.Table]:
     """The answers to the files of `sizes`, their bytes by path, which travel `together` in blocks, or one by one.
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 try:
     import pyarrow as pa
-    import ray
+    import ray.exceptions
 except ImportError as missing:
     print(f"error: {missing}: pip install -r deployment/requirements-bulk.txt", file=sys.stderr)
     sys.exit(2)
@@ -103,17 +103,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--top", type=int, help="only so many probabilities, the highest")
     parser.add_argument("--address", help="of a running Ray cluster, or auto (default: Ray starts here)")
     options = parser.parse_args(arguments)
-    status = 2
     try:
         output = run(options)
-        status = 1 if output.errors else 0
     except KeyboardInterrupt:
-        status = 130
+        sys.exit(130)
     except FAULTS as error:
         print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)  # of a stack the reason
-    if status == 1:
+        sys.exit(2)
+    if output.errors:
         print(f"{output.errors} of {len(output.paths)} images have an error", file=sys.stderr)
-    sys.exit(status)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

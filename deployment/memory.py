@@ -30,10 +30,10 @@ class MemoryBudget:
 
     Args:
         limit: in bytes.
-        seconds: that one may wait.
+        seconds: that one may wait; None: as long as it takes.
     """
 
-    def __init__(self, limit: int, seconds: float = 60):
+    def __init__(self, limit: int, seconds: float | None = 60):
         self.limit, self.seconds, self.used = limit, seconds, 0
         self.waiting: deque[object] = deque()
         self.impatient_at = 0.0  # when nothing overtakes the first any more

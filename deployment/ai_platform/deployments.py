@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .client import ACCELERATORS, check_gpu, find_endpoint, get_endpoint, get_model, promote, set_sdk_level
 from .progress import limited, progress
@@ -72,12 +72,17 @@ def deploy(
     """
     check_scaling(scale_on, target, min_replicas, idle_after)
     check_machines(accelerator, spot, gpu_partition, flex_start, preview=min_replicas == 0 or flex_start is not None)
-    machines = {"accelerator": accelerator, "machine": machine, "spot": spot, "gpu_partition": gpu_partition}
+    machines: dict[str, Any] = {
+        "accelerator": accelerator,
+        "machine": machine,
+        "spot": spot,
+        "gpu_partition": gpu_partition,
+    }
     model, endpoint, deployed = look_up(name, version, service_account, machines)
     settled = {"shared": shared, "log_to": log_to, "kms_key": kms_key, "inference_timeout": inference_timeout}
     endpoint = endpoint_for(name, endpoint, log_rate=log_rate, labels=labels, **settled)
-    scaling = {"min_replicas": min_replicas, "max_replicas": max_replicas, "scale_on": scale_on, "target": target}
-    scaling |= {"idle_after": idle_after, "flex_start": flex_start}
+    scaling: dict[str, Any] = {"min_replicas": min_replicas, "max_replicas": max_replicas, "scale_on": scale_on}
+    scaling |= {"target": target, "idle_after": idle_after, "flex_start": flex_start}
     if deployed:
         rescale(endpoint, deployed, share, **scaling)
     else:

@@ -56,7 +56,7 @@ def named(rows: Iterable[dict], source: Sequence[Path | str], destination: str =
     for n, row in enumerate(rows, 1):
         name = name_in(row["instance"], by_content)
         if name or not expected:
-            left.pop(name, None)
+            left.pop(name or "", None)
             yield name or f"row-{n:06}", row
         else:
             print(f"a request failed: {error_in(row)}")

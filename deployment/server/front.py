@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from .torchserve import is_ready
@@ -26,7 +27,9 @@ def open_when_ready(
     while not is_ready(management_port, folder, name):
         time.sleep(0.2)
 
-    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, changed=lambda data: data) -> None:
+    async def copy(
+        reader: asyncio.StreamReader, writer: asyncio.StreamWriter, changed: Callable[[bytes], bytes] = bytes
+    ) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(2**16):
                 writer.write(changed(data))
