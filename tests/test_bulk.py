@@ -23,6 +23,7 @@ from gcp_storage_emulator.server import create_server as create_storage_emulator
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import storage
 from pyarrow import dataset, fs, parquet
+from ray._private import ray_constants
 
 from deployment import answers, bulk, tables
 from deployment.archive import make_archive
@@ -213,6 +214,8 @@ def test_a_file_that_ends_the_process_or_is_gone_costs_no_other_its_answer(conve
 
     monkeypatch.setattr(tables, "sizes_in", with_one_more)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, "0")  # as the command sets them, for it alone
+    monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", False)
     with pytest.raises(SystemExit) as exit:
         bulk.main([str(photos), f"--model-store={store}", f"--out={tmp_path / 'out'}"])
     assert exit.value.code == 1
