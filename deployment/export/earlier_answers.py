@@ -1,7 +1,7 @@
 """What a learner answers under its own fastai; `rescue.py` runs this file with the Python of that, 3.8 or newer.
 
 `python earlier_answers.py LEARNER.pkl IMAGES.json ITEMS.npz SKIP OUT.pt` writes, with `torch.save`, what `predict_file`
-has for each image, in torch's and Python's own types alone: the item as this fastai and its Pillow make it, and all that
+has for each image, in torch's and Python's own types alone: the item as this fastai makes it, and what
 follows from the one in ITEMS.npz. What keeps the learner from answering is the last line on stderr.
 """
 

@@ -26,7 +26,7 @@ from .learner import ExportError, open_learner
 from .predict import Steps, predict_file
 from .unpickle import Found
 
-LEVELS = 1  # of 255, that Pillow's resizing may differ by: it was rounded otherwise before Pillow 12
+LEVELS = 1  # of 255, that a resized image may differ by: Pillow rounded otherwise before 13
 # What another version of torch may make of the same numbers: a share of the largest of them, and of a mask's pixels.
 BOUND, PIXELS = 1e-4, 1e-3
 IMAGES = 100  # that are compared, at most
