@@ -89,12 +89,14 @@ def compare(name: str, theirs: Steps, ours: Steps, pair: Pair) -> tuple[float, f
     Raises:
         ExportError: more than other versions of torch explain.
     """
-    where, apart = f"{name}: under fastai {pair.fastai} with torch {pair.torch}", 0.0
-    levels = 255 * distance(theirs.item, own_types(ours.item), scale=255 if ours.item.dtype == torch.uint8 else None)
+    where = f"{name}: under fastai {pair.fastai} with torch {pair.torch}"
+    white = 255 if ours.item.dtype == torch.uint8 else None
+    levels = 255 * distance(theirs.item, own_types(ours.item), scale=white)
     if not levels < LEVELS + 0.5:
         raise ExportError(
             f"{where} the pixels after the item transforms differ by {levels:.3g} of 255, {LEVELS} is allowed"
         )
+    apart = 0.0
     for what, there, here in (
         ("the pixels after the batch transforms", theirs.x, ours.x),
         ("the network's values", theirs.logits, ours.logits),
@@ -104,21 +106,20 @@ def compare(name: str, theirs: Steps, ours: Steps, pair: Pair) -> tuple[float, f
         if not share <= BOUND:  # NaN is not
             raise ExportError(f"{where} {what} differ by {share:.2g} of the largest one, {BOUND:g} is allowed")
         apart = max(apart, share)
-    decided = ours.decided
-    if decided.is_floating_point():
-        different, allowed = float(distance(theirs.decided, decided) > BOUND), 0.0
+    if ours.decided.is_floating_point():
+        different = float(distance(theirs.decided, ours.decided) > BOUND)
     else:
-        different, allowed = (theirs.decided != decided).float().mean().item(), PIXELS if decided.ndim > 2 else 0.0
+        different = (theirs.decided != ours.decided).float().mean().item()
+    allowed = PIXELS if ours.decided.ndim > 2 else 0.0
     names = own_types(ours.decoded)
-    other_names = not isinstance(names, torch.Tensor) and is_name(names) and names != theirs.decoded
-    if different > allowed or other_names:
+    if different > allowed or (are_names(names) and names != theirs.decoded):
         raise ExportError(f"{where} the answer is another one, {str(theirs.decoded)[:60]}")
     return levels, apart, different
 
 
-def is_name(decoded) -> bool:
+def are_names(decoded) -> bool:
     """Whether `decoded` is a class's name, or a list of such."""
-    return isinstance(decoded, str) or isinstance(decoded, list) and all(isinstance(one, str) for one in decoded)
+    return isinstance(decoded, str) or (isinstance(decoded, list) and all(isinstance(one, str) for one in decoded))
 
 
 def distance(theirs: torch.Tensor, ours: torch.Tensor, scale: float | None = None) -> float:
