@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from deployment.config import read_config
-from deployment.export import ExportError, export_learner, load_learner, load_rescued
+from deployment.export import ExportError, export_learner, load_learner, load_rescued, rescue
 from deployment.export.earlier import PAIRS, Pair, likely_pairs, moved
-from deployment.export.learner import on_cpu
+from deployment.export.learner import on_cpu, open_learner
 from deployment.export.predict import Steps
 from deployment.export.rescue import BOUND, compare, last_line, make_environment, own_packages
 from deployment.export.unpickle import Found
@@ -122,6 +122,18 @@ def test_answers_are_compared_within_the_bound():
     ):
         with pytest.raises(ExportError, match=message):
             compare("a.png", theirs, ours, PAIRS[0])
+
+
+def test_what_an_environment_answers_is_compared(tmp_path, monkeypatch, capsys):
+    """With this Python in place of an environment's, which must answer with the same bits."""
+    path = tmp_path / "learner.pkl"
+    path.write_bytes(gzip.decompress((LEARNERS / "python3.11.pkl.gz").read_bytes()))
+    monkeypatch.setattr(rescue, "make_environment", lambda pair, folder, packages: sys.executable)
+    learner, found = open_learner(path)
+    with on_cpu(learner) as model:
+        line = rescue.prove_earlier(path, found, learner, model, [PHOTO], 0)
+    assert line in capsys.readouterr().out
+    assert line.startswith("proven on 1 images against fastai") and line.endswith("the same answers, bit for bit")
 
 
 def test_python_that_cannot_be_had_is_one_line(tmp_path, monkeypatch):
