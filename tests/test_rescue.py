@@ -128,6 +128,7 @@ def test_what_an_environment_answers_is_compared(tmp_path, monkeypatch, capsys):
     """With this Python in place of an environment's, which must answer with the same bits."""
     path = tmp_path / "learner.pkl"
     path.write_bytes(gzip.decompress((LEARNERS / "python3.11.pkl.gz").read_bytes()))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as in this process
     monkeypatch.setattr(rescue, "make_environment", lambda pair, folder, packages: sys.executable)
     learner, found = open_learner(path)
     with on_cpu(learner) as model:
