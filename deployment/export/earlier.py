@@ -28,13 +28,13 @@ class Pair:
 PAIRS = [
     Pair("2.7.19", "2.6.0", "0.21.0", ">=3.9,<3.13", "2025-03-20", 3.2),
     Pair("2.6.3", "1.11.0", "0.12.0", ">=3.8,<3.11", "2022-06-01", 0.9),
-    Pair("2.2.7", "1.7.1", "0.8.2", ">=3.8,<3.9", "2021-03-10", 0.9),
 ]
 
 
 def likely_pairs(named: set) -> list[Pair]:
-    """`PAIRS`, from the newest that may have pickled what names these (module, name) to the oldest."""
-    return PAIRS if ("fastai.learner", "CastToTensor") in named else PAIRS[1:]  # every learner of 2.7 has this callback
+    """`PAIRS`, first the one that opens what names these (module, name)."""
+    newest = ("fastai.learner", "CastToTensor") in named  # a callback that every learner of 2.7 has, and none before it
+    return PAIRS if newest else PAIRS[::-1]
 
 
 def refusal(named: set) -> str:

@@ -1,8 +1,8 @@
-"""What a learner answers under its own fastai: `python earlier_answers.py LEARNER.pkl IMAGES.json SKIP OUT.pt`.
+"""What a learner answers under its own fastai; `rescue.py` runs this file with the Python of that, 3.8 or newer.
 
-`rescue.py` runs this file in an environment with an earlier fastai, on Python 3.8 or newer. It writes, with
-`torch.save`, what `predict_file` has for each image, in torch's and Python's own types alone. What keeps the learner
-from being opened is the last line on stderr.
+`python earlier_answers.py LEARNER.pkl IMAGES.json ITEMS.npz SKIP OUT.pt` writes, with `torch.save`, what `predict_file`
+has for each image, in torch's and Python's own types alone: the item as this fastai makes it, and what
+follows from the one in ITEMS.npz. What keeps the learner from answering is the last line on stderr.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import types
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 
 
@@ -50,7 +51,7 @@ def accept_pickle_module() -> None:
     fastai_load, learner.load_learner = learner.load_learner, load_learner
 
 
-def main(learner: str, images: str, skip: str, out: str) -> None:
+def main(learner: str, images: str, items: str, skip: str, out: str) -> None:
     make_package()
     accept_pickle_module()
     from earlier_export.learner import open_learner
@@ -58,8 +59,11 @@ def main(learner: str, images: str, skip: str, out: str) -> None:
 
     learner, _ = open_learner(learner)
     answers = []
-    for path in json.loads(Path(images).read_text(encoding="utf-8")):
-        steps = predict_file(learner, learner.model, Path(path), int(skip))
+    paths = json.loads(Path(images).read_text(encoding="utf-8"))
+    with np.load(items) as arrays:
+        items = [torch.from_numpy(arrays[name]) for name in arrays.files]
+    for i, path in enumerate(paths):
+        steps = predict_file(learner, learner.model, Path(path), int(skip), go_on=items[i])
         answers.append({name: own_types(value) for name, value in vars(steps).items() if name != "opened"})
     torch.save(answers, out)
 

@@ -25,12 +25,15 @@ class Steps:
     decoded: Any  # what `learn.predict` returns first: after the decoding of the labels' transforms
 
 
-def predict_file(learner, model: torch.nn.Module, path: Path, skip: int = 0, decode: bool = True) -> Steps:
+def predict_file(
+    learner, model: torch.nn.Module, path: Path, skip: int = 0, decode: bool = True, go_on: torch.Tensor | None = None
+) -> Steps:
     """What `learner`, whose network is `model`, predicts for the file at `path`.
 
     Args:
         skip: steps of the opening that are left out, see `transforms.ImagePipeline`.
         decode: also what the loss function and the labels' transforms make of the logits.
+        go_on: what to go on with after the item transforms, in place of what they made.
 
     Raises:
         ExportError: the file cannot be opened, the network does not take the image, or what it gives is not a tensor.
@@ -45,6 +48,9 @@ def predict_file(learner, model: torch.nn.Module, path: Path, skip: int = 0, dec
     try:
         x = data.one_batch()[0]  # which tells the transforms that this is no training
         item = data.after_item(data.dataset[0])[0]
+        if go_on is not None:
+            data.after_item = lambda _: (go_on.as_subclass(type(item)),)
+            x = data.one_batch()[0]
     except Exception as error:  # of a transform: any
         raise ExportError(f"{path.name}: the learner's transforms fail ({one_line(error)})") from error
     seen = []
@@ -54,7 +60,8 @@ def predict_file(learner, model: torch.nn.Module, path: Path, skip: int = 0, dec
     try:
         with learner.no_bar(), learner.no_logging(), learner.removed_cbs(of_training):
             act = None if decode else noop
-            results = learner.get_preds(dl=data, with_input=True, with_decoded=decode, act=act)
+            # To reorder, fastai copies `data`, with its own item transforms again.
+            results = learner.get_preds(dl=data, with_input=True, with_decoded=decode, act=act, reorder=go_on is None)
             inputs, values, decided = results[0], results[1], results[3 if decode else 1]
             decoded = learner.dls.decode_batch((inputs, *tuplify(decided)))[0][1:] if decode else [None]
     except Exception as error:  # of the network, a callback, the loss function or the labels' transforms: any

@@ -190,7 +190,16 @@ def keep(thing, state):
 
 
 def dill_function(code, scope, *rest):
-    """A function that dill took apart, whose module may be missing here."""
+    """A function that dill took apart: that of its module, or made anew where the module is missing here.
+
+    dill takes apart what is bound to a class, such as `PILImage.create`, and Python before 3.11 has no `co_qualname`.
+    """
+    if isinstance(scope, dict):
+        qualname = getattr(code, "co_qualname", code.co_name)
+        arguments = code.co_varnames[: code.co_argcount]
+        known = qualname if qualname != code.co_name else None
+        if function := installed(scope.get("__name__", "__main__"), code.co_name, known, arguments):
+            return function
     create = importlib.import_module("dill._dill")._create_function
     return create(code, scope if isinstance(scope, dict) else {"__builtins__": builtins}, *rest)
 
