@@ -102,14 +102,15 @@ def compute(
     """
     ray.data.DataContext.get_current().max_errored_blocks = FAILED_BLOCKS if together else -1
     in_block = min(max(BLOCK_BYTES * len(sizes) // (sum(sizes.values()) + 1), 1), BLOCK_FILES) if together else 1
+    blocks = math.ceil(len(sizes) / in_block)
     images = ray.data.read_binary_files(
         list(sizes),
         filesystem=files,
         include_paths=True,
         ignore_missing_paths=True,
         num_cpus=0.1,
-        concurrency=2 * actors,  # each reads in a process of its own
-        override_num_blocks=math.ceil(len(sizes) / in_block),
+        concurrency=min(2 * actors, blocks),  # each reads in a process of its own
+        override_num_blocks=blocks,
     )
     calls = {"max_concurrent_calls_per_actor": 2, "max_tasks_in_flight_per_actor": 4} if together else ALONE
     with warnings.catch_warnings():
