@@ -136,7 +136,7 @@ def test_a_missing_file_is_one_line_and_status_2(missing, store, monkeypatch, ca
     assert run_main(monkeypatch, folder) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1
-    assert ("elsewhere" if missing == "the folder" else missing) in err and "export" in err
+    assert "there is no folder" in err if missing == "the folder" else missing in err and "export" in err
     assert not list(store.rglob("*.mar"))
 
 

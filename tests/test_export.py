@@ -198,7 +198,7 @@ def variants() -> dict[str, dict]:
 def test_exported_mask_is_learn_predicts(name, data, photos, tmp_path):
     learner = make(data, **variants()[name])
     store = export_learner(learner, tmp_path / "store")
-    assert sorted(p.name for p in store.iterdir()) == ["fastunet.pth", "model-config.yaml"]
+    assert sorted(p.name for p in store.iterdir()) == ["MODEL_CARD.md", "fastunet.pth", "model-config.yaml"]
     assert_same_masks(learner, store, photos if name == "squish" else photos[::4])
 
 
@@ -359,7 +359,11 @@ def test_command_from_file_to_mask(data, photos, tmp_path):
     *_, proven, wrote = done.stdout.splitlines()
     assert proven.startswith("proven on ") and not done.stderr
     names = {Path(path).name for path in wrote.removeprefix("wrote ").split(", ")}
-    assert names == {path.name for path in (tmp_path / "store").iterdir()} == {"fastunet.pth", "model-config.yaml"}
+    assert (
+        names
+        == {path.name for path in (tmp_path / "store").iterdir()}
+        == {"MODEL_CARD.md", "fastunet.pth", "model-config.yaml"}
+    )
     assert_same_masks(learner, tmp_path / "store", photos[::4])
 
 
@@ -661,7 +665,7 @@ def test_what_the_plain_network_cannot_be_becomes_a_program(data, photos, tmp_pa
     for i, options in enumerate(({"cut": own_body}, {"bn_1st": False, "norm_type": NormType.Batch})):
         learner, store = make(data, **options), tmp_path / str(i)
         export_learner(learner, store)
-        assert sorted(path.name for path in store.iterdir()) == ["fastunet.pt2", "model-config.yaml"]
+        assert sorted(path.name for path in store.iterdir()) == ["MODEL_CARD.md", "fastunet.pt2", "model-config.yaml"]
         assert_same_masks(learner, store, photos[:4])
 
 
@@ -739,5 +743,5 @@ def test_nothing_of_an_earlier_export_stays_beside_a_new_one(data, tmp_path):
     for name in own.union(earlier):
         (tmp_path / name).write_text(name)
     export_learner(make(data), tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == own | {"fastunet.pth", "model-config.yaml"}
+    assert {path.name for path in tmp_path.iterdir()} == own | {"MODEL_CARD.md", "fastunet.pth", "model-config.yaml"}
     assert all((tmp_path / name).read_text() == name for name in own)

@@ -488,7 +488,7 @@ def test_says_how_to_call_it_once_it_is_ready_and_an_interrupt_is_quiet(kind, mo
             f"(TOKEN: the key of `inference` in {key_file})"
         )
         assert "there is no fastune.mar: fastunet.mar, the only archive, is served by that name" in lines
-        assert not [line for line in lines if re.search("WARN|nvidia-smi not|rror", line)]
+        assert not [line for line in lines if re.search("WARN|nvidia-smi not|ERROR|error:", line)]
         token = json.loads(key_file.read_text())["inference"]["key"]
         answer = httpx.put(url, content=photo, headers={"Authorization": f"Bearer {token}"}, timeout=60)
         assert answer.status_code == 200

@@ -72,12 +72,7 @@ def deploy(
     """
     check_scaling(scale_on, target, min_replicas, idle_after)
     check_machines(accelerator, spot, gpu_partition, flex_start, preview=min_replicas == 0 or flex_start is not None)
-    machines: dict[str, Any] = {
-        "accelerator": accelerator,
-        "machine": machine,
-        "spot": spot,
-        "gpu_partition": gpu_partition,
-    }
+    machines: dict[str, Any] = dict(accelerator=accelerator, machine=machine, spot=spot, gpu_partition=gpu_partition)
     model, endpoint, deployed = look_up(name, version, service_account, machines)
     settled = {"shared": shared, "log_to": log_to, "kms_key": kms_key, "inference_timeout": inference_timeout}
     endpoint = endpoint_for(name, endpoint, log_rate=log_rate, labels=labels, **settled)

@@ -124,9 +124,14 @@ class LenientUnpickler(pickle._Unpickler):  # the one in Python, whose steps can
             if not (module == "__main__" and here == __package__):  # the trainer's __main__ was another program
                 return super().find_class(module, name)
         except (ImportError, AttributeError):
-            if module.partition(".")[0] in earlier.PACKAGES:
-                return earlier.moved(module, name)
-            if module.partition(".")[0] == "dill":  # not installed: see why_not
+            package = module.partition(".")[0]
+            if package in earlier.PACKAGES:
+                try:
+                    return earlier.moved(module, name)
+                except AttributeError:  # in fastai, a callback may be there that lacks a package of its own
+                    if package == "fastcore":
+                        raise
+            if package == "dill":  # not installed: see why_not
                 raise
         return stand_in(f"{module}.{name}")
 

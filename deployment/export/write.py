@@ -1,9 +1,11 @@
 """Prove the copy of a learner, then write it: the network, and all that serving must know, into one folder."""
 
+import contextlib
 import dataclasses
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -86,29 +88,34 @@ def export_learner(
             cannot be had, or the converted model is not good enough.
     """
     images = find_images(check, any_file=open is not None) if check else None
-    out_dir = Path(out_dir)
-    existed = out_dir.exists()
-    out_dir.mkdir(parents=True, exist_ok=True)
+    with made(Path(out_dir)) as out_dir, tempfile.TemporaryDirectory(dir=out_dir, prefix=".export-") as scratch:
+        folder = Path(scratch, "store")  # takes its place in `out_dir` once all is well
+        folder.mkdir()
+        with on_cpu(learner) as model:
+            config, images, proof = write_proven(learner, model, folder, images, open, earlier)
+        try:
+            if onnx:
+                write_onnx(config, folder, images)
+            config = for_runtime(config, folder, runtime, precision, calibrate, max_drop, decode)
+            write_config(config, folder)
+            write_card(learner, config, folder, proof)
+        except RuntimeUnavailable as error:
+            raise ExportError(str(error)) from error
+        put_in_place(folder, out_dir)
+    return out_dir
+
+
+@contextlib.contextmanager
+def made(folder: Path) -> Iterator[Path]:
+    """`folder`, which is made where it is not there, and goes again where the block fails."""
+    existed = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(dir=out_dir, prefix=".export-") as scratch:
-            folder = Path(scratch, "store")  # takes its place in `out_dir` once all is well
-            folder.mkdir()
-            with on_cpu(learner) as model:
-                config, images, proof = write_proven(learner, model, folder, images, open, earlier)
-            try:
-                if onnx:
-                    write_onnx(config, folder, images)
-                config = for_runtime(config, folder, runtime, precision, calibrate, max_drop, decode)
-                write_config(config, folder)
-                write_card(learner, config, folder, proof)
-            except RuntimeUnavailable as error:
-                raise ExportError(str(error)) from error
-            put_in_place(folder, out_dir)
+        yield folder
     except BaseException:
         if not existed:
-            shutil.rmtree(out_dir, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
         raise
-    return out_dir
 
 
 def put_in_place(folder: Path, out_dir: Path) -> None:
