@@ -159,7 +159,7 @@ def test_a_killed_run_goes_on_and_leaves_nothing_behind(archive, tmp_path):
     assert len(family) > 3 and not open_ports([psutil.Process(process.pid), *family])
     process.kill()
     process.wait()
-    psutil.wait_procs(family, timeout=60)  # Ray's agents look after their parent now and then
+    psutil.wait_procs(family, timeout=20)
     assert not [member for member in family if member.is_running() and member.status() != psutil.STATUS_ZOMBIE]
     first, half = files_in(out), rows_in(out)
     assert 0 < len(half) < 153
