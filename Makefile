@@ -42,7 +42,7 @@ bench: .venv/installed ## measure against peers and the limit: CONTENDERS=baseli
 gpu-check: ## prove and measure serving on this machine's GPU, in under eight minutes; CPU=1: whether all of it runs, without one
 	@$(if $(wildcard .venv/bin/python),$(PY),python3) -m benchmark.gpu $(if $(CPU),--cpu) $(if $(PARTS),--parts "$(PARTS)")
 
-soak: .venv/installed ## the long tests: malformed requests by the thousand, a killed worker, 15 minutes of load
+soak: .venv/installed ## the long tests: attacks, malformed requests by the thousand, 15 minutes of load
 	@$(PY) -m pytest -m soak -s
 
 page-test: .venv/installed .venv-page/installed ## open the page in a browser and drop photos (Debian: apt install chromium)

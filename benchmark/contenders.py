@@ -26,7 +26,7 @@ from deployment.export import write_config
 from deployment.export.convert import convert
 from deployment.runtime import cores
 from deployment.server.processes import free_ports, started
-from deployment.server.torchserve import DIRECT, java, torchserve
+from deployment.server.torchserve import DIRECT, java
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -149,17 +149,15 @@ def contender(name: str, folder: Path, workers: int = 1) -> Iterator[str]:
     Raises:
         RuntimeError: it ended or did not answer in time; the message holds its last lines.
     """
-    if name in OURS:
-        with torchserve(folder / name, timeout=300) as url:
-            yield f"{url}/predictions/fastunet"
-    elif name in BASELINES:
+    if name in BASELINES:
         with baseline(folder / "baseline", threads=1 if name == "baseline-1-thread" else None) as url:
             yield url
-    elif name in UVICORN:
-        port, metrics = free_ports(2)
-        argv = [sys.executable, "-m", "deployment.serve", "--server=uvicorn"]
-        argv += [f"--model-store={folder / store_of(name)}", f"--port={port}", f"--metrics-port={metrics}"]
-        with server(argv, port):
+    elif name in OURS or name in UVICORN:
+        port, management, metrics = free_ports(3)
+        argv = [sys.executable, "-m", "deployment.serve", f"--model-store={folder / store_of(name)}"]
+        argv += [f"--server={'torchserve' if name in OURS else 'uvicorn'}", f"--port={port}"]
+        argv += [f"--management-port={management}", f"--metrics-port={metrics}"]
+        with server(argv, port, timeout=300):
             yield f"http://127.0.0.1:{port}/predictions/fastunet"
     else:
         port = free_ports(1)[0]

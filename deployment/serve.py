@@ -1,16 +1,16 @@
 """Start a server for the archive in a model store, in the foreground: TorchServe, or Starlette on uvicorn.
 
-Requests in flight are answered before it stops. TorchServe's own `/ping` answers with 200 seconds before a worker is
-ready: `python -m deployment.serve --check` says with its exit status whether one is, and in a container of AI Platform
-the port stays closed until then.
+Requests in flight are answered before it stops. The port opens once an answer can be given. TorchServe itself listens
+on another one, seconds before a worker is ready: our own is that of the light front before it.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import io
 import os
+import socket
 import sys
-import threading
 import zipfile
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +18,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from .archive import check_digest, fetch, find_archive, runtime_of
-from .server.front import open_when_ready
+from .server.front import open_front
 from .server.processes import free_ports, own_folder, own_route, reserve_port
 from .server.torchserve import DIRECT, command, ignored_variables, is_ready, run
 
@@ -85,12 +85,19 @@ def is_healthy(port: int) -> bool:
         return False
 
 
+def is_open(port: int) -> bool:
+    """Whether somebody listens on loopback's `port`."""
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5):
+        return True
+    return False
+
+
 def can_answer(options: argparse.Namespace, folder: Path) -> bool:
     """What --check asks: whether the server that was started with the same options in `folder` can answer."""
     if options.server == "uvicorn":
         return is_healthy(options.port)
     name = options.name or find_archive(options.model_store)[1]
-    return is_ready(options.management_port, folder, name)
+    return is_open(options.port) and is_ready(options.management_port, folder, name)
 
 
 def check_gpu(archive: Path) -> None:
@@ -115,20 +122,14 @@ def serve_on_uvicorn(archive: Path, name: str, options: argparse.Namespace, key_
 
 def serve_on_torchserve(name: str, options: argparse.Namespace, folder: Path, key_file: Path | None) -> int:
     """Serve until TorchServe ends or a signal comes; returns the exit status."""
-    url = f"http://{options.host}:{options.port}/predictions/{quote(name)}"
-    host, port, management_port = options.host, options.port, options.management_port
-    if cloud_port():  # AI Platform sends requests as soon as /ping says 200
-        public = reserve_port(host, port)
-        host, port = "127.0.0.1", free_ports(1)[0]
-        routes = {"AIP_PREDICT_ROUTE": f"/predictions/{quote(name)}", "AIP_HEALTH_ROUTE": "/ping"}
-        named = {own_route(variable): route for variable, route in routes.items() if own_route(variable)}
-        behind = (public, port, management_port, folder, name, {a: b for a, b in named.items() if a != b})
-        threading.Thread(target=open_when_ready, args=behind, daemon=True).start()
+    path = f"/predictions/{quote(name)}"
+    public, port = reserve_port(options.host, options.port), free_ports(1)[0]
+    own_paths = {own_route("AIP_PREDICT_ROUTE"): path, own_route("AIP_HEALTH_ROUTE"): "/ping"}
+    routes = {named: known for named, known in own_paths.items() if named and named != known}
     argv, env = command(
         options.model_store,
-        host=host,
         port=port,
-        management_port=management_port,
+        management_port=options.management_port,
         metrics_port=options.metrics_port,
         metrics_host=options.metrics_host,
         auth=options.auth,
@@ -136,7 +137,13 @@ def serve_on_torchserve(name: str, options: argparse.Namespace, folder: Path, ke
     )
     if ignored := ignored_variables():
         print(f"ignored in the environment: {', '.join(ignored)}", file=sys.stderr)
-    return run(argv, env, management_port, folder, name, announce(url, key_file))
+    say_ready = announce(f"http://{options.host}:{options.port}{path}", key_file)
+
+    def on_ready() -> None:
+        open_front(public, port, routes)
+        say_ready()
+
+    return run(argv, env, options.management_port, folder, name, on_ready)
 
 
 def main() -> None:

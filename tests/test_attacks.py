@@ -28,7 +28,6 @@ from deployment.archive import make_archive
 from deployment.export import write_config
 from deployment.serve import is_healthy
 from deployment.server.processes import free_ports
-from deployment.server.torchserve import is_ready
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 
@@ -67,7 +66,7 @@ def serving(kind: str, store: Path, python: Path | str, code: Path = ROOT) -> It
     with log.open("wb") as output:
         process = subprocess.Popen(command, env=env, cwd=store, stdout=output, stderr=output)
     try:
-        while not (is_ready(management_port) if server == "torchserve" else is_healthy(port)):
+        while not is_healthy(port):
             assert process.poll() is None, log.read_text()
             time.sleep(0.2)
         yield f"http://127.0.0.1:{port}", process.pid

@@ -27,7 +27,7 @@ from PIL import Image
 
 from deployment.answers import palette
 from deployment.archive import find_archive, make_archive
-from deployment.serve import is_healthy
+from deployment.serve import is_healthy, is_open
 from deployment.server.front import rerouted, told_to_wait
 from deployment.server.processes import free_ports, last_error, own_folder, printed, reserve_port, started
 from deployment.server.torchserve import (
@@ -501,7 +501,7 @@ def test_says_how_to_call_it_once_it_is_ready_and_an_interrupt_is_quiet(kind, mo
 
 
 def serves(kind: str, ports: dict[str, int], name: str = "fastunet") -> bool:
-    return is_ready(ports["management_port"], name=name) if kind == "torchserve" else is_healthy(ports["port"])
+    return is_healthy(ports["port"]) and (kind == "uvicorn" or is_ready(ports["management_port"], name=name))
 
 
 @pytest.mark.parametrize("seconds", [0, 2], ids=["at a worker's birth", "while it imports torch"])
@@ -588,7 +588,7 @@ def test_tokens_local_models_only_and_no_worker_outlives_java(model_store, tmp_p
     """One server for three questions: tokens, a model API that the environment cannot switch on, and a killed Java."""
     settings = {"TS_ENABLE_MODEL_API": "true"} | ONE_WORKER
     with foreground(model_store, tmp_path, "--auth", ELSEWHERE, **settings) as (process, ports):
-        wait_for(lambda: is_ready(ports["management_port"], tmp_path))
+        wait_for(lambda: is_open(ports["port"]))
         key_file = tmp_path / "key_file.json"
         assert key_file.stat().st_mode & 0o777 == 0o600
         keys = {name: key.get("key") for name, key in json.loads(key_file.read_text()).items()}

@@ -40,9 +40,9 @@ from ..memory import memory_limit
 from ..protocol import Rejected, busy, reasons, rejection
 from ..runtime import cores
 from . import inference_protocol, metrics, tracing
-from .connection import Connection, allow_files
+from .connection import Connection
 from .forms import Bodies, read_fields, read_query, twice
-from .processes import own_route
+from .processes import allow_files, own_route
 
 logger = logging.getLogger(__name__)
 

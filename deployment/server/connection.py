@@ -1,7 +1,6 @@
 """A connection to our own server, which nobody can hold by being slow: uvicorn's, with the two time limits it lacks."""
 
 import asyncio
-import contextlib
 from typing import ClassVar
 
 import h11
@@ -67,14 +66,3 @@ def cancel(timer: asyncio.TimerHandle | None) -> None:
     """Stop `timer`, if there is one; returns None, which takes its place."""
     if timer:
         timer.cancel()
-
-
-def allow_files(number: int) -> None:
-    """Let this process open `number` files, connections among them, where the system allows it: many say 1024."""
-    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no such limit
-        import resource
-
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = number if hard == resource.RLIM_INFINITY else min(number, hard)
-        if soft != resource.RLIM_INFINITY and soft < wanted:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -1,4 +1,4 @@
-"""In front of TorchServe in a container: a port that opens when a worker is ready, with the paths a service names.
+"""In front of TorchServe: the public port, which opens once a worker is ready, with the paths that a service names.
 
 Where TorchServe refuses a request because its queue is full, the client is told to come again in a second. TorchServe
 does not say so, and clients that come again at once keep it so busy with refusing that hardly anybody is answered.
@@ -7,25 +7,24 @@ does not say so, and clients that come again at once keep it so busy with refusi
 import asyncio
 import contextlib
 import socket
-import time
+import threading
 from collections.abc import Callable
-from pathlib import Path
 
-from .torchserve import is_ready
+from .processes import allow_files
 
+MOST_FILES = 4096  # two for each connection
+WAITING = 1024  # connections that nobody has taken yet
 LINE_SECONDS = 10  # that a request's first line may take to arrive
 
 
-def open_when_ready(
-    public: socket.socket, port: int, management_port: int, folder: Path | str, name: str, routes: dict[str, str]
-) -> None:
-    """Let `public` listen once a worker is ready, and pass each of its connections on to loopback's `port`.
+def open_front(public: socket.socket, port: int, routes: dict[str, str]) -> None:
+    """Let `public` listen, and pass each of its connections on to loopback's `port`, in a thread of its own.
 
     Args:
         routes: for paths that TorchServe does not know, those that it has for them.
     """
-    while not is_ready(management_port, folder, name):
-        time.sleep(0.2)
+    allow_files(MOST_FILES)
+    public.listen(WAITING)
 
     async def copy(
         reader: asyncio.StreamReader, writer: asyncio.StreamWriter, changed: Callable[[bytes], bytes] = bytes
@@ -48,10 +47,10 @@ def open_when_ready(
                 await asyncio.gather(copy(reader, there_writer), copy(there_reader, writer, told_to_wait))
 
     async def listen() -> None:
-        async with await asyncio.start_server(connect, sock=public) as server:
+        async with await asyncio.start_server(connect, sock=public, backlog=WAITING) as server:
             await server.serve_forever()
 
-    asyncio.run(listen())
+    threading.Thread(target=lambda: asyncio.run(listen()), daemon=True).start()
 
 
 def rerouted(line: bytes, routes: dict[str, str]) -> bytes:

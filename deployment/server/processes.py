@@ -1,4 +1,4 @@
-"""Processes and ports of this machine: start a server so that it never outlives its parent, find a free port."""
+"""Processes, ports and files of this machine: start a server so that it never outlives its parent, find a free port."""
 
 import contextlib
 import os
@@ -63,6 +63,17 @@ def reserve_port(host: str, port: int) -> socket.socket:
             f"port {port} on {host} is taken ({e.strerror}): stop what listens there or choose another"
         ) from None
     return s
+
+
+def allow_files(number: int) -> None:
+    """Let this process open `number` files, connections among them, where the system allows it: many say 1024."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no such limit
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = number if hard == resource.RLIM_INFINITY else min(number, hard)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 @contextlib.contextmanager

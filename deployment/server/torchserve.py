@@ -113,7 +113,6 @@ def jars() -> Path:
 def command(
     model_store: Path | str,
     *,
-    host: str = "127.0.0.1",
     port: int = 8080,
     management_port: int = 8081,
     metrics_port: int = 8082,
@@ -123,8 +122,7 @@ def command(
 ) -> tuple[list[str], dict[str, str]]:
     """The command that runs TorchServe in the foreground, and its environment.
 
-    Only the inference address is at `host`, and that of the metrics at `metrics_host`; management and gRPC stay on
-    loopback. `name` is as in `find_archive`.
+    The metrics are at `metrics_host`; everything else stays on loopback. `name` is as in `find_archive`.
 
     Raises:
         FileNotFoundError: `model_store` holds no such archive, or there is no Java or no TorchServe.
@@ -132,7 +130,7 @@ def command(
         zipfile.BadZipFile: the archive is damaged.
     """
     archive, name = find_archive(model_store, name)
-    for address, number in ((host, port), ("127.0.0.1", management_port), (metrics_host, metrics_port)):
+    for address, number in (("127.0.0.1", port), ("127.0.0.1", management_port), (metrics_host, metrics_port)):
         reserve_port(address, number).close()
     folder = jars()
     # For some ten requests a second Java's second compiler and parallel collector cost more than they bring.
@@ -152,7 +150,7 @@ def command(
     kept = {key: value for key, value in os.environ.items() if key not in ignored_variables()}
     env = kept | {
         "LC_ALL": "C.UTF-8",  # Java opens no file with an umlaut in its path where the locale is C
-        "TS_INFERENCE_ADDRESS": f"http://{host}:{port}",
+        "TS_INFERENCE_ADDRESS": f"http://127.0.0.1:{port}",
         "TS_MANAGEMENT_ADDRESS": f"http://127.0.0.1:{management_port}",
         "TS_METRICS_ADDRESS": f"http://{metrics_host}:{metrics_port}",
         "TS_GRPC_INFERENCE_PORT": str(grpc),
