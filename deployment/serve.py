@@ -85,9 +85,9 @@ def is_healthy(port: int) -> bool:
         return False
 
 
-def is_open(port: int) -> bool:
-    """Whether somebody listens on loopback's `port`."""
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5):
+def is_open(host: str, port: int) -> bool:
+    """Whether somebody listens on this machine's `port` at `host`."""
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=5):
         return True
     return False
 
@@ -97,7 +97,7 @@ def can_answer(options: argparse.Namespace, folder: Path) -> bool:
     if options.server == "uvicorn":
         return is_healthy(options.port)
     name = options.name or find_archive(options.model_store)[1]
-    return is_open(options.port) and is_ready(options.management_port, folder, name)
+    return is_open(options.host, options.port) and is_ready(options.management_port, folder, name)
 
 
 def check_gpu(archive: Path) -> None:

@@ -79,7 +79,8 @@ def make_serve(folder: Path):
         stdout=subprocess.DEVNULL,
     )
     try:
-        check = [sys.executable, "-m", "deployment.serve", "--check", "--management-port", str(management)]
+        check = [sys.executable, "-m", "deployment.serve", "--check", f"--port={port}"]
+        check.append(f"--management-port={management}")
         deadline = time.monotonic() + 120
         while subprocess.run(check, cwd=folder).returncode:
             assert server.poll() is None and time.monotonic() < deadline, "make serve did not come up"

@@ -588,7 +588,7 @@ def test_tokens_local_models_only_and_no_worker_outlives_java(model_store, tmp_p
     """One server for three questions: tokens, a model API that the environment cannot switch on, and a killed Java."""
     settings = {"TS_ENABLE_MODEL_API": "true"} | ONE_WORKER
     with foreground(model_store, tmp_path, "--auth", ELSEWHERE, **settings) as (process, ports):
-        wait_for(lambda: is_open(ports["port"]))
+        wait_for(lambda: is_open("127.0.0.1", ports["port"]))
         key_file = tmp_path / "key_file.json"
         assert key_file.stat().st_mode & 0o777 == 0o600
         keys = {name: key.get("key") for name, key in json.loads(key_file.read_text()).items()}
