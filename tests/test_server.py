@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import gc
 import io
 import json
 import os
@@ -28,7 +29,7 @@ from PIL import Image
 from deployment.answers import palette
 from deployment.archive import find_archive, make_archive
 from deployment.serve import is_healthy, is_open
-from deployment.server.front import rerouted, told_to_wait
+from deployment.server.front import open_front, rerouted, told_to_wait
 from deployment.server.processes import free_ports, last_error, own_folder, printed, reserve_port, started
 from deployment.server.torchserve import (
     HARMLESS,
@@ -707,6 +708,23 @@ def test_a_refusal_says_when_to_come_again():
     own = refused.replace(b"\r\n", b"\r\nRetry-After: 5\r\n", 1)
     for as_it_is in (own, b"HTTP/1.1 200 OK\r\n\r\nHTTP/1.1 503 ", b"\x89PNG\r\n", b""):
         assert told_to_wait(as_it_is) == as_it_is
+
+
+def test_clients_that_do_not_wait_for_their_answer_leave_nothing_in_the_log(caplog):
+    public, silent = reserve_port("127.0.0.1", 0), socket.create_server(("127.0.0.1", 0))
+    open_front(public, silent.getsockname()[1], {})
+    held = []
+    for _ in range(10):
+        with socket.create_connection(public.getsockname()) as client:
+            client.sendall(b"POST / HTTP/1.1\r\n\r\n")
+            held.append(silent.accept()[0])
+            assert held[-1].recv(100).startswith(b"POST")
+    for server_side in held:  # the front has passed on that the client is gone
+        assert server_side.recv(100) == b""
+    gc.collect()
+    for server_side in held:
+        server_side.close()
+    assert not caplog.records
 
 
 def test_in_a_container_a_full_queue_refuses_with_a_time_to_come_again(model_store, tmp_path, photo):

@@ -25,6 +25,7 @@ def open_front(public: socket.socket, port: int, routes: dict[str, str]) -> None
     """
     allow_files(MOST_FILES)
     public.listen(WAITING)
+    connections: set[asyncio.Task] = set()  # asyncio does not hold them, and Python clears away what nobody holds
 
     async def copy(
         reader: asyncio.StreamReader, writer: asyncio.StreamWriter, changed: Callable[[bytes], bytes] = bytes
@@ -36,6 +37,9 @@ def open_front(public: socket.socket, port: int, routes: dict[str, str]) -> None
             writer.write_eof()
 
     async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if task := asyncio.current_task():
+            connections.add(task)
+            task.add_done_callback(connections.discard)
         with contextlib.closing(writer), contextlib.suppress(OSError, asyncio.TimeoutError, EOFError, ValueError):
             begin = b""
             if routes:
