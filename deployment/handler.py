@@ -29,11 +29,12 @@ if not __package__:  # TorchServe imports this file by itself: the folder around
 
 from . import answers, protocol, runtime
 from .config import read_config
-from .memory import budget_for_images, give_large_blocks_back, groups_that_fit
+from .memory import budget_for_images, give_free_memory_back, give_large_blocks_back, groups_that_fit
 from .photos import ANSWER_BYTES, CLIPPED, Preprocessor, clips, size_of, to_array, viewable
 
 logger = logging.getLogger(__name__)
 
+TRIM_EVERY = 100  # batches, after which free memory goes back to the system
 MOST_FAILURES = 5  # requests in a row that the model fails, after which it is asked for a blank image
 
 
@@ -92,6 +93,7 @@ class Handler:
         self.threads = runtime.started_threads(threads or int(os.environ.get("OMP_NUM_THREADS") or runtime.cores()))
         self.model = runtime.load(self.config, folder, gpu, threads)
         self.budget = budget_for_images(share)
+        self.batches = itertools.count(1)
 
     def preprocess(self, fields: dict, accept: str = "") -> Job:
         """The request in `fields`, the body or the fields of a form, and its images as pixels."""
@@ -247,6 +249,8 @@ class Handler:
             seconds = [total + more for total, more in zip(seconds, taken, strict=True)]
             images += computed
             began = time.perf_counter()
+        if next(self.batches) % TRIM_EVERY == 0:
+            give_free_memory_back()
         return responses, seconds, images
 
     def take_steps(self, jobs: list[Job], began: float) -> tuple[list[protocol.Response], list[float], int]:

@@ -1,12 +1,15 @@
 """The budget for images: who waits, who overtakes, who is refused; and how much memory there is."""
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT
 
 from deployment import memory
 from deployment.memory import MemoryBudget, groups_that_fit, memory_limit, memory_used
@@ -131,3 +134,17 @@ def test_the_memory_limit_is_the_container_s(tmp_path, monkeypatch):
         monkeypatch.setenv("MEMORY_LIMIT", given)
         assert memory_limit(tmp_path) == limit
     assert 1e6 < memory_used() < 1e11
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="another C library")
+def test_what_is_free_between_blocks_in_use_goes_back_to_the_system():
+    script = """
+from deployment.memory import give_free_memory_back, memory_used
+blocks = [b"x" * 50_000 for _ in range(2000)]
+del blocks[::2]
+before = memory_used()
+give_free_memory_back()
+print(before - memory_used())
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 30_000_000  # of 50,000,000
