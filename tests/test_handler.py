@@ -416,6 +416,14 @@ def test_what_is_drawn_at_its_own_size_keeps_its_room_until_then(worker, monkeyp
     assert status == 507
 
 
+def test_free_memory_goes_back_after_every_hundred_batches(worker, monkeypatch):
+    given = []
+    monkeypatch.setattr(deployment.handler, "give_free_memory_back", lambda: given.append(1))
+    for _ in range(2 * deployment.handler.TRIM_EVERY):
+        ask(worker, b"no image")
+    assert len(given) == 2
+
+
 def test_a_few_images_are_decoded_beside_many(worker, monkeypatch):
     """The threads are at work on 64 images of one request: another request's two do not wait for them."""
     begun, go, decode = threading.Event(), threading.Event(), worker.handler.decode_item
