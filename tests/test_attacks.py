@@ -203,6 +203,7 @@ ATTACKS: dict[str, Callable[[], Attack]] = {
     ),
     "JSON nested 10 million deep, 4 clients": lambda: by_clients(4, {"content": b'{"instances": ' + b"[" * 10_000_000}),
     "bodies that trickle, 100 clients": lambda: trickle,
+    "requests of 64 images, 1 client": lambda: by_clients(1, many_images()),
     "requests of 64 images, 2 clients": lambda: by_clients(2, many_images()),
     "damaged photos, 8 clients": lambda: by_clients(8, damaged()),
 }
