@@ -117,7 +117,7 @@ def compare(name: str, theirs: Steps, ours: Steps, pair: Pair) -> tuple[float, f
     return levels, apart, different
 
 
-def are_names(decoded) -> bool:
+def are_names(decoded: object) -> bool:
     """Whether `decoded` is a class's name, or a list of such."""
     return isinstance(decoded, str) or (isinstance(decoded, list) and all(isinstance(one, str) for one in decoded))
 
@@ -136,7 +136,7 @@ def ask(path: Path, found: Found, images: list[Path], ours: list[Steps], skip: i
 
     After the item transforms it goes on with the items of `ours`, so that what follows is compared on the same pixels.
     """
-    packages = own_packages(found)
+    packages, reason = own_packages(found), ""
     for pair in likely_pairs(found.named):
         with tempfile.TemporaryDirectory(prefix="rescue-") as folder:
             start = time.monotonic()
@@ -194,7 +194,7 @@ def reachable(address: str) -> bool:
         return False
 
 
-def uv(*arguments, what: str) -> None:
+def uv(*arguments: str | Path, what: str) -> None:
     """Run uv; raises ExportError with `what` and what uv says, in one line, where it fails."""
     done = subprocess.run([sys.executable, "-m", "uv", *arguments, "--quiet"], capture_output=True, text=True)
     if done.returncode:

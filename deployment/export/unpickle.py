@@ -90,6 +90,7 @@ class LenientUnpickler(pickle._Unpickler):  # the one in Python, whose steps can
 
     found: Found
     own_code: bool
+    stack: list  # the base class's
     dispatch = pickle._Unpickler.dispatch.copy()
 
     def load_build(self):
@@ -103,11 +104,11 @@ class LenientUnpickler(pickle._Unpickler):  # the one in Python, whose steps can
             for name, value in (state[1] if isinstance(state, tuple) else state).items():
                 setattr(thing, name, value)
             return
-        super().load_build()
+        super().load_build()  # pyrefly: ignore[missing-attribute]  # typeshed lacks it
         if any(isinstance(value, earlier.TypeDispatch) for value in getattr(thing, "__dict__", {}).values()):
             earlier.set_dispatch(thing)
 
-    dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.BUILD[0]] = load_build  # pyrefly: ignore[unsupported-operation]  # typeshed names another class
 
     def find_class(self, module: str, name: str):
         self.found.named.add((module, name))
@@ -225,7 +226,8 @@ def installed(module: str, name: str, qualname: str | None, arguments: tuple) ->
     for path in names:
         function = functools.reduce(lambda thing, part: getattr(thing, part, None), path.split("."), scope)
         function = getattr(function, "__func__", function)  # of a class method
-        code = getattr(function, "__code__", None)
-        if isinstance(function, types.FunctionType) and code.co_varnames[: code.co_argcount] == arguments:
-            functions.add(function)
+        if isinstance(function, types.FunctionType):
+            code = function.__code__
+            if code.co_varnames[: code.co_argcount] == arguments:
+                functions.add(function)
     return functions.pop() if len(functions) == 1 else None
