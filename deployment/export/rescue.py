@@ -5,6 +5,7 @@ makes an environment with the fastai and the torch of that time, where `earlier_
 predicts the proof's images.
 """
 
+import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -19,12 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from packaging.specifiers import SpecifierSet
 
 from .earlier import Pair, likely_pairs
 from .earlier_answers import own_types
 from .learner import ExportError, open_learner
 from .predict import Steps, predict_file
-from .unpickle import Found
+from .unpickle import Found, Missing
 
 LEVELS = 1  # of 255, that a resized image may differ by: Pillow rounded otherwise before 13
 # What another version of torch may make of the same numbers: a share of the largest of them, and of a mask's pixels.
@@ -42,7 +44,21 @@ def load_rescued(path: Path | str) -> tuple[object, Prove | None]:
         ExportError: the file holds no learner, or one of fastai 1.
     """
     learner, found = open_learner(path)
-    return learner, functools.partial(prove_earlier, Path(path), found) if found.is_earlier() else None
+    if not found.is_earlier():
+        return learner, None
+    leave_out_callbacks(learner)
+    return learner, functools.partial(prove_earlier, Path(path), found)
+
+
+def leave_out_callbacks(learner) -> None:
+    """Take from `learner` the callbacks whose code is in its file and is another Python's.
+
+    Under its own fastai it has them, and so the proof tells whether they change an answer.
+    """
+    for callback in list(learner.cbs):
+        if isinstance(callback, Missing) and callback.python:
+            print(f"the callback {callback.symbol} is code of Python {callback.python}: only the proof is with it")
+            learner.cbs.remove(callback)
 
 
 def prove_earlier(path: Path, found: Found, learner, model: torch.nn.Module, images: list[Path], skip: int) -> str:
@@ -138,6 +154,8 @@ def ask(path: Path, found: Found, images: list[Path], ours: list[Steps], skip: i
     """
     packages, reason = own_packages(found), ""
     for pair in likely_pairs(found.named):
+        if found.python and SpecifierSet(pair.python).contains(found.python):  # it runs the code that is in the file
+            pair = dataclasses.replace(pair, python=f"=={found.python}.*")
         with tempfile.TemporaryDirectory(prefix="rescue-") as folder:
             start = time.monotonic()
             python = make_environment(pair, Path(folder, "env"), packages)
