@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -31,6 +32,9 @@ from . import answers, protocol, runtime
 from .config import read_config
 from .memory import budget_for_images, give_free_memory_back, give_large_blocks_back, groups_that_fit
 from .photos import ANSWER_BYTES, CLIPPED, Preprocessor, clips, size_of, to_array, viewable
+
+if TYPE_CHECKING:
+    from ts.context import Context  # TorchServe's
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +80,7 @@ class Handler:
     broken = False
     failures = 0  # requests in a row, by faults of our own
 
-    def initialize(self, context) -> None:
+    def initialize(self, context: "Context") -> None:
         """Load the model in the archive, on the GPU that TorchServe gives this worker, and warm it up."""
         properties = context.system_properties
         workers = int(os.environ.get("TS_DEFAULT_WORKERS_PER_MODEL") or 1)
@@ -129,7 +133,7 @@ class Handler:
                 item.memory = 0
         return job
 
-    def identify(self, instance) -> Item:
+    def identify(self, instance: object) -> Item:
         """The image in `instance`, of which the header is read; an `open_image` of the reader's own reads it later."""
         item = Item(protocol.read_instance(instance))
         if not self.config.opener:
@@ -177,10 +181,11 @@ class Handler:
 
     def inference(self, items: list[Item]) -> None:
         """Set the output of each image, or its error. Which go through the model together is up to the runtime."""
-        outputs = self.model([item.pixels for item in items])
-        for item, output in zip(items, outputs, strict=True):
+        images = [item.pixels for item in items if item.pixels is not None]  # as all have by now
+        outputs = self.model(images)
+        for item, image, output in zip(items, images, outputs, strict=True):
             if isinstance(output, Exception):
-                item.error = self.inference_error(output, item.pixels)
+                item.error = self.inference_error(output, image)
             else:
                 item.output = output
         faults = [output for output in outputs if isinstance(output, Exception) and not protocol.out_of_memory(output)]
@@ -231,6 +236,7 @@ class Handler:
         return job.respond(job.request, [error])
 
     def make_answer(self, item: Item, request: protocol.Request) -> dict:
+        assert item.output is not None  # or there is an error
         return answers.make_answer(item.output, self.preprocessor, request, item.size, item.shown)
 
     def answer(self, jobs: list[Job], began: float) -> tuple[list[protocol.Response], list[float], int]:
@@ -265,7 +271,7 @@ class Handler:
         times.append(time.perf_counter())
         return responses, [after - before for before, after in itertools.pairwise(times)], len(items)
 
-    def handle(self, requests: list[dict], context) -> list[bytes]:
+    def handle(self, requests: list[dict], context: "Context") -> list[bytes]:
         """A dynamic batch of requests in, as many answers out; the time of each step goes into the metrics."""
         if self.broken:
             logger.critical("the model fails on every image: this worker ends, and TorchServe starts another")
@@ -289,28 +295,28 @@ class Handler:
         return [response.body for response in responses]
 
 
-def header(context, i: int, name: str) -> str:
+def header(context: "Context", i: int, name: str) -> str:
     """The header `name` of request `i`, or "". Clients write header names in any case."""
     headers = {key.lower(): value for key, value in context.get_all_request_header(i).items()}
     value = headers.get(name)
     return value if isinstance(value, str) else ""
 
 
-def form_length(context, i: int) -> int:
+def form_length(context: "Context", i: int) -> int:
     """The bytes of request `i`, if it is a form and says so; else 0."""
     length = header(context, i, "content-length")
     is_form = header(context, i, "content-type").lower().startswith("multipart/")
     return int(length) if is_form and length.isdigit() else 0
 
 
-def observe(context, name: str, value: float) -> None:
+def observe(context: "Context", name: str, value: float) -> None:
     """Add `value` to the histogram `name` on TorchServe's metrics address."""
     from ts.metrics.metric_type_enum import MetricTypes  # there when TorchServe runs this
 
     context.metrics.add_metric(name, round(value, 6), "count", dimensions=[], metric_type=MetricTypes.HISTOGRAM)
 
 
-def log_errors(context, i: int, response: protocol.Response, errors: list[protocol.Rejected]) -> None:
+def log_errors(context: "Context", i: int, response: protocol.Response, errors: list[protocol.Rejected]) -> None:
     """One line in the log for request `i`, with the stack of a fault of our own; a count per error in the metrics."""
     from ts.metrics.dimension import Dimension
 
@@ -330,6 +336,6 @@ def log_errors(context, i: int, response: protocol.Response, errors: list[protoc
 _handler = Handler()
 
 
-def handle(requests: list[dict] | None, context) -> list[bytes] | None:
+def handle(requests: list[dict] | None, context: "Context") -> list[bytes] | None:
     """TorchServe's entry point. It calls once with None to have the model loaded, then with each dynamic batch."""
     return _handler.initialize(context) if requests is None else _handler.handle(requests, context)

@@ -8,10 +8,18 @@ stand near the camera, where they are more than a pixel wide, and cover a sixth 
 a twentieth, which takes more to learn than the minutes that a tutorial has.)
 """
 
+from collections.abc import Callable, Sequence
 from math import exp
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
+
+T = TypeVar("T")
+Rng = np.random.Generator
+Color = Sequence[float] | np.ndarray  # red, green and blue, 0 to 255
+Point = tuple[float, float, float]  # in metres
+Thing = tuple[float, Callable[..., None], tuple]  # how far away it is, what paints it, and the arguments of that
 
 CODES = (
     "Sky",
@@ -62,7 +70,7 @@ NEAR = 1.5  # metres; nothing is drawn closer to the camera than this
 class Canvas:
     """The picture and its mask, drawn together through one camera."""
 
-    def __init__(self, rng, height, width):
+    def __init__(self, rng: Rng, height: int, width: int):
         self.rng, self.h, self.w = rng, height, width
         self.light = int(rng.integers(len(LIGHTS)))
         self.sky, self.haze, self.sun, self.depth, self.cloud, self.lit = LIGHTS[self.light]
@@ -75,11 +83,11 @@ class Canvas:
         self.shade = Image.new("L", (width, height), 0)
         self.pens = ImageDraw.Draw(self.picture), ImageDraw.Draw(self.mask), ImageDraw.Draw(self.shade)
 
-    def at(self, x, y, z):
+    def at(self, x: float, y: float, z: float) -> tuple[float, float]:
         """The pixel of a point given in metres."""
         return (self.cx + self.focal * (x - self.eye_x) / z, self.horizon - self.focal * (y - self.eye_y) / z)
 
-    def color(self, color, z, light=1.0):
+    def color(self, color: Color, z: float, light: float = 1.0) -> tuple[int, ...]:
         """What is left of a color at distance z: tinted by the sun, paled by the air."""
         clear = exp(-z / 110)
         return tuple(
@@ -87,40 +95,50 @@ class Canvas:
             for v, tint, air in zip(color, self.sun, self.haze, strict=True)
         )
 
-    def fill(self, points, color, name, light=1.0):
+    def fill(self, points: list[Point], color: Color, name: str, light: float = 1.0) -> None:
         """A polygon through points in metres."""
         z = sum(p[2] for p in points) / len(points)
         pixels = [self.at(*p) for p in points]
         self.pens[0].polygon(pixels, self.color(color, z, light))
         self.pens[1].polygon(pixels, CODES.index(name))
 
-    def disc(self, x, y, z, rx, ry, color, name, light=1.0):
+    def disc(
+        self, x: float, y: float, z: float, rx: float, ry: float, color: Color, name: str, light: float = 1.0
+    ) -> None:
         """An ellipse that faces the camera; radii in metres."""
         (u0, v0), (u1, v1) = self.at(x - rx, y + ry, z), self.at(x + rx, y - ry, z)
         box = [u0, v0, max(u1, u0 + 1), max(v1, v0 + 1)]
         self.pens[0].ellipse(box, self.color(color, z, light))
         self.pens[1].ellipse(box, CODES.index(name))
 
-    def line(self, points, z, width, color, name, light=1.0):
+    def line(
+        self, points: list[tuple[float, float]], z: float, width: float, color: Color, name: str, light: float = 1.0
+    ) -> None:
         """A stroke of a width in metres, at least one pixel of the finished picture, that faces the camera."""
         pixels = [self.at(x, y, z) for x, y in points]
         width = max(round(self.focal * width / z), self.w // 128, 1)
         self.pens[0].line(pixels, self.color(color, z, light), width, joint="curve")
         self.pens[1].line(pixels, CODES.index(name), width, joint="curve")
 
-    def front(self, x0, x1, y0, y1, z, color, name, light=1.0):
+    def front(
+        self, x0: float, x1: float, y0: float, y1: float, z: float, color: Color, name: str, light: float = 1.0
+    ) -> None:
         """A rectangle that faces the camera."""
         self.fill([(x0, y0, z), (x1, y0, z), (x1, y1, z), (x0, y1, z)], color, name, light)
 
-    def side(self, x, z0, z1, y0, y1, color, name, light=1.0):
+    def side(
+        self, x: float, z0: float, z1: float, y0: float, y1: float, color: Color, name: str, light: float = 1.0
+    ) -> None:
         """A rectangle along the street, such as a wall beside it."""
         self.fill([(x, y0, z0), (x, y0, z1), (x, y1, z1), (x, y1, z0)], color, name, light)
 
-    def flat(self, x0, x1, z0, z1, color, name, light=1.0, y=0.0):
+    def flat(
+        self, x0: float, x1: float, z0: float, z1: float, color: Color, name: str, light: float = 1.0, y: float = 0.0
+    ) -> None:
         """A rectangle that lies flat, such as the road."""
         self.fill([(x0, y, z0), (x1, y, z0), (x1, y, z1), (x0, y, z1)], color, name, light)
 
-    def box(self, x0, x1, y0, y1, z0, z1, color, name):
+    def box(self, x0: float, x1: float, y0: float, y1: float, z0: float, z1: float, color: Color, name: str) -> None:
         """A box: the faces of it that the camera sees, the one that looks to the sun brighter than the other."""
         if y1 < self.eye_y:
             self.flat(x0, x1, z0, z1, color, name, 1.12, y=y1)
@@ -130,7 +148,7 @@ class Canvas:
             self.side(x1, z0, z1, y0, y1, color, name, 1.0 if self.sun_side > 0 else 0.72)
         self.front(x0, x1, y0, y1, z0, color, name, 0.86)
 
-    def shadow(self, x0, x1, z0, z1, reach):
+    def shadow(self, x0: float, x1: float, z0: float, z1: float, reach: float) -> None:
         """The shadow on the ground of a thing that stands on x0..x1, z0..z1 and is about `reach` metres high."""
         dx = -self.sun_side * reach * 0.7
         ground = [
@@ -153,7 +171,7 @@ class Canvas:
         self.pens[2].polygon([self.at(x, 0, max(z, NEAR)) for x, z in ground], 255)
 
 
-def noise(rng, height, width, cells, octaves=3):
+def noise(rng: Rng, height: int, width: int, cells: int, octaves: int = 3) -> np.ndarray:
     """Smooth noise, float32 (height, width), mean about 0, within about -1..1; `cells` bumps across the width."""
     total = np.zeros((height, width), np.float32)
     for octave in range(octaves):
@@ -163,11 +181,17 @@ def noise(rng, height, width, cells, octaves=3):
     return total / 1.5
 
 
-def pick(rng, choices):
-    return choices[rng.integers(len(choices))]
+def pick(rng: Rng, choices: Sequence[T]) -> T:
+    """One of `choices`."""
+    return choices[int(rng.integers(len(choices)))]
 
 
-def sky(c):
+def ordered(a: float, b: float) -> tuple[float, float]:
+    """The smaller of two numbers, then the larger."""
+    return (a, b) if a <= b else (b, a)
+
+
+def sky(c: Canvas) -> None:
     """A gradient with clouds; it fills the whole picture, the street is painted over it."""
     down = np.linspace(0, 1, c.h)[:, None, None] * c.h / c.horizon
     air = np.array(c.sky) * (1 - np.clip(down, 0, 1)) + np.array(c.haze) * np.clip(down, 0, 1)
@@ -178,7 +202,7 @@ def sky(c):
     c.picture.paste(Image.fromarray((air * (1 - clouds) + white * clouds).astype(np.uint8)))
 
 
-def windows(c, rng, x, z0, z1, y0, y1, wall):
+def windows(c: Canvas, rng: Rng, x: float, z0: float, z1: float, y0: float, y1: float) -> None:
     """Rows of windows in a wall beside the street."""
     frame = pick(rng, [(244, 244, 240), (90, 80, 74), (208, 196, 180)])
     rows, columns = max(1, round((y1 - y0) / 3)), max(1, round((z1 - z0) / rng.uniform(2.2, 3.2)))
@@ -197,14 +221,14 @@ def windows(c, rng, x, z0, z1, y0, y1, wall):
                 c.side(x, a, b, (low + high) / 2 - 0.05, (low + high) / 2 + 0.05, frame, "Building", 0.9)
 
 
-def terrace(c, rng, side, edge):
+def terrace(c: Canvas, rng: Rng, side: int, edge: float) -> list[Thing]:
     """A closed row of town houses whose walls stand at the pavement."""
     z, rows = NEAR, []
     while z < 95:
         rows.append((z, z + rng.uniform(6, 13), rng.uniform(5.5, 13), pick(rng, PAINT[:9])))
         z = rows[-1][1]
 
-    def paint(z0, z1, height, wall):
+    def paint(z0: float, z1: float, height: float, wall: Color) -> None:
         x0, x1 = sorted((side * edge, side * (edge + 9)))
         c.box(x0, x1, 0, height, z0, z1, wall, "Building")
         wall_x = side * edge
@@ -228,7 +252,7 @@ def terrace(c, rng, side, edge):
                 0.86,
             )
         shop = rng.random() < 0.4
-        windows(c, rng, wall_x, z0 + 0.3, z1 - 0.3, 3.2 if shop else 0.6, height - 0.3, wall)
+        windows(c, rng, wall_x, z0 + 0.3, z1 - 0.3, 3.2 if shop else 0.6, height - 0.3)
         c.side(wall_x, z0, z1, height - 0.3, height, wall, "Building", 1.15)
         c.side(wall_x, z0, z1, 0, 0.4, wall, "Building", 0.7)
         if shop:
@@ -249,14 +273,14 @@ def terrace(c, rng, side, edge):
     return [(z1 + 0.5, paint, row) for row in rows for z1 in [row[1]]]
 
 
-def houses(c, rng, side, edge):
+def houses(c: Canvas, rng: Rng, side: int, edge: float) -> list[Thing]:
     """Detached houses with gables, behind a fence or a hedge and a strip of lawn."""
     things, z = [], NEAR
-    c.flat(*sorted((side * edge, side * 60)), NEAR, 130, pick(rng, LEAVES[:3]), "Tree", 0.95)
+    c.flat(*ordered(side * edge, side * 60), NEAR, 130, pick(rng, LEAVES[:3]), "Tree", 0.95)
     kind = rng.integers(5)
     paint_fence, hedge = pick(rng, PAINT), pick(rng, LEAVES[:4])
 
-    def house(z0, z1, back, height, wall, roof):
+    def house(z0: float, z1: float, back: float, height: float, wall: Color, roof: Color) -> None:
         x0, x1 = sorted((side * (edge + back), side * (edge + back + 8)))
         c.box(x0, x1, 0, height, z0, z1, wall, "Building")
         eave, ridge, rise = side * (edge + back - 0.4), side * (edge + back + 4), rng.uniform(2.8, 3.8)
@@ -282,17 +306,17 @@ def houses(c, rng, side, edge):
             "Building",
             1.0 if c.sun_side == -side else 0.75,
         )
-        windows(c, rng, side * (edge + back), z0 + 0.5, z1 - 0.5, 0.5, height - 0.3, wall)
+        windows(c, rng, side * (edge + back), z0 + 0.5, z1 - 0.5, 0.5, height - 0.3)
         middle = (x0 + x1) / 2
         for x in (middle - 2.4, middle + 1.2):
             c.front(x - 0.1, x + 1.3, 0.9, 2.5, z0, (240, 238, 232), "Building")
             c.front(x, x + 1.2, 1.0, 2.4, z0, (78, 96, 116), "Building")
         c.shadow(x0, x1, z0, z1, height * 0.8)
 
-    def border(z0, z1):
+    def border(z0: float, z1: float) -> None:
         x = side * edge
         if kind == 0:
-            c.box(*sorted((x, x + side * 0.8)), 0, 1.1, z0, z1, hedge, "Tree")
+            c.box(*ordered(x, x + side * 0.8), 0, 1.1, z0, z1, hedge, "Tree")
         elif kind < 3:
             c.side(x, z0, z1, 0.15, 1.0, paint_fence, "Fence", 0.92)
             for post in np.arange(z0, z1, 0.5):
@@ -333,12 +357,12 @@ def houses(c, rng, side, edge):
     return things
 
 
-def park(c, rng, side, edge):
+def park(c: Canvas, rng: Rng, side: int, edge: float) -> list[Thing]:
     """A lawn with trees behind railings."""
-    c.flat(*sorted((side * edge, side * 80)), NEAR, 130, pick(rng, LEAVES[:3]), "Tree")
+    c.flat(*ordered(side * edge, side * 80), NEAR, 130, pick(rng, LEAVES[:3]), "Tree")
     color = pick(rng, PAINT)
 
-    def railing(z0, z1):
+    def railing(z0: float, z1: float) -> None:
         x = side * edge
         c.side(x, z0, z1, 0.1, 1.15, color, "Fence", 0.8)
         c.side(x, z0, z1, 1.0, 1.25, color, "Fence", 1.1)
@@ -353,11 +377,11 @@ def park(c, rng, side, edge):
     return things
 
 
-def guard_rail(c, rng, x, start):
+def guard_rail(c: Canvas, rng: Rng, x: float, start: float) -> list[Thing]:
     """A railing of some length at the kerb."""
     color = pick(rng, PAINT)
 
-    def panel(z0, z1):
+    def panel(z0: float, z1: float) -> None:
         c.side(x, z0, z1, 0.1, 1.0, color, "Fence", 0.8)
         c.side(x, z0, z1, 0.9, 1.1, color, "Fence", 1.1)
         for post in np.arange(z0, z1, 0.45):
@@ -366,7 +390,7 @@ def guard_rail(c, rng, x, start):
     return [(z + 3, panel, (z, z + 3)) for z in np.arange(start, start + rng.uniform(9, 18), 3)]
 
 
-def tree(c, rng, x, z, height):
+def tree(c: Canvas, rng: Rng, x: float, z: float, height: float) -> None:
     """A trunk and a crown of leaf clusters, or a conifer."""
     conifer = rng.random() < 0.2
     leaf = np.array(pick(rng, LEAVES[:4] if conifer else LEAVES)) * rng.uniform(0.85, 1.1)
@@ -385,7 +409,7 @@ def tree(c, rng, x, z, height):
             c.disc(x + dx, height * 0.7 + dy, z, r + height * 0.06, r + height * 0.05, leaf, "Tree", light)
 
 
-def lamp(c, rng, x, z, towards):
+def lamp(c: Canvas, rng: Rng, x: float, z: float, towards: int) -> None:
     """A street lamp whose arm reaches over the road, or a wooden pole that carries wires."""
     gray, height = pick(rng, [(70, 74, 78), (120, 124, 124), (58, 78, 66)]), rng.uniform(5, 7)
     c.shadow(x - 0.1, x + 0.1, z, z + 0.2, height)
@@ -401,7 +425,7 @@ def lamp(c, rng, x, z, towards):
     c.disc(x + towards * 1.4, height + 0.22, z, 0.5, 0.18, (252, 226, 160) if c.lit > 0.5 else (226, 226, 220), "Pole")
 
 
-def sign(c, rng, x, z):
+def sign(c: Canvas, rng: Rng, x: float, z: float) -> None:
     """A traffic sign on a pole: a disc, a triangle, a board or a traffic light."""
     kind, color, y = rng.integers(4), pick(rng, TRAFFIC), rng.uniform(2.3, 2.7)
     white, name = (242, 242, 240), "SignSymbol"
@@ -425,7 +449,7 @@ def sign(c, rng, x, z):
             c.disc(x, y - 0.54 + 0.54 * i, z, 0.22, 0.22, lamp_color, name, 1.1 if i == on else 0.3)
 
 
-def car(c, rng, x, z, oncoming):
+def car(c: Canvas, rng: Rng, x: float, z: float, oncoming: bool) -> None:
     """A car or a van, seen from behind or, if it is oncoming, from the front."""
     color, glass = pick(rng, PAINT), (58, 70, 84)
     van = rng.random() < 0.2
@@ -499,7 +523,7 @@ def car(c, rng, x, z, oncoming):
     c.front(x - half, x + half, 0.25, 0.36, z, (48, 50, 54), "Car")
 
 
-def person(c, rng, x, z):
+def person(c: Canvas, rng: Rng, x: float, z: float) -> None:
     """Somebody on foot, sometimes small, sometimes under an umbrella."""
     tall, skin = rng.uniform(1.1, 1.3) if rng.random() < 0.15 else rng.uniform(1.6, 1.9), pick(rng, SKIN)
     coat, trousers, stride = pick(rng, PAINT[8:]), pick(rng, PAINT[7:11]), rng.uniform(0.05, 0.24) * tall / 1.8
@@ -542,7 +566,7 @@ def person(c, rng, x, z):
         c.fill(arc, pick(rng, PAINT), "Pedestrian")
 
 
-def cyclist(c, rng, x, z):
+def cyclist(c: Canvas, rng: Rng, x: float, z: float) -> None:
     """Somebody on a bicycle, from behind or from the side."""
     coat, skin, frame = VEST if rng.random() < 0.6 else pick(rng, PAINT), pick(rng, SKIN), pick(rng, PAINT)
     dark, name = (40, 40, 44), "Bicyclist"
@@ -579,7 +603,7 @@ def cyclist(c, rng, x, z):
     c.disc(x + 0.19 * s, 1.74, z, 0.16, 0.11, helmet, name)
 
 
-def bin_(c, rng, x, z):
+def bin_(c: Canvas, rng: Rng, x: float, z: float) -> None:
     """A wheelie bin: one of the many things in a street that none of the classes names."""
     color = pick(rng, PAINT)
     c.shadow(x - 0.3, x + 0.3, z, z + 0.6, 1.0)
@@ -620,7 +644,7 @@ def draw_scene(seed: int, size: tuple[int, int] = (96, 128)) -> tuple[Image.Imag
         if row is terrace and rng.random() < 0.6:  # it keeps people on the pavement
             things += guard_rail(c, rng, side * (half + 0.15), rng.uniform(NEAR, 9))
         if row is terrace and side == c.sun_side:
-            c.shadow(*sorted((side * edge, side * (edge + 1))), NEAR, 95, rng.uniform(3, 9))
+            c.shadow(*ordered(side * edge, side * (edge + 1)), NEAR, 95, rng.uniform(3, 9))
 
     gray = rng.uniform(80, 118)
     road, slab = (gray, gray, gray + rng.uniform(0, 8)), np.array((172, 166, 158)) * rng.uniform(0.92, 1.14)
@@ -630,7 +654,7 @@ def draw_scene(seed: int, size: tuple[int, int] = (96, 128)) -> tuple[Image.Imag
         c.flat(x0, x1, NEAR, 130, slab, "Sidewalk")
         for z in np.arange(2, 40, 1.5):
             c.flat(x0, x1, z, z + 0.06, slab, "Sidewalk", 0.86)
-        c.flat(*sorted((side * half, side * (half + 0.22))), NEAR, 130, slab, "Sidewalk", 1.14)
+        c.flat(*ordered(side * half, side * (half + 0.22)), NEAR, 130, slab, "Sidewalk", 1.14)
     for _ in range(rng.integers(0, 5)):  # patches in the asphalt
         x, z = rng.uniform(-half, half - 1), rng.uniform(4, 25)
         c.flat(x, x + rng.uniform(0.5, 1.6), z, z + rng.uniform(0.6, 4), road, "Road", rng.uniform(0.88, 1.06))
@@ -683,21 +707,23 @@ def draw_scene(seed: int, size: tuple[int, int] = (96, 128)) -> tuple[Image.Imag
     return finish(c, rng, size, scale)
 
 
-def open_canvas(seed, size):
+def open_canvas(seed: int, size: tuple[int, int]) -> tuple[Canvas, int]:
     """The empty canvas of a scene, with its light and its camera, and how much larger than `size` it is."""
     scale = 4 if size[0] < 200 else 2
     return Canvas(np.random.default_rng(seed), size[0] * scale, size[1] * scale), scale
 
 
 def light_and_end(seed: int, size: tuple[int, int] = (96, 128)) -> tuple[str, tuple[float, float]]:
-    """What `draw_scene` of the same arguments does not say: the scene's light, one of LIGHT_NAMES, and (x, y) in pixels
-    of the point in which the lines of the street meet.
+    """What `draw_scene` of the same arguments does not say of a scene.
+
+    Returns:
+        Its light, one of LIGHT_NAMES, and (x, y) in pixels of the point in which the lines of the street meet.
     """
     c, scale = open_canvas(seed, size)
     return LIGHT_NAMES[c.light], (c.cx / scale, c.horizon / scale)
 
 
-def finish(c, rng, size, scale):
+def finish(c: Canvas, rng: Rng, size: tuple[int, int], scale: int) -> tuple[Image.Image, Image.Image]:
     """Shadows on the ground, texture on the surfaces, then the camera's own noise at the final size."""
     index, picture = np.asarray(c.mask), np.asarray(c.picture).astype(np.float32)
     ground = np.isin(index, [CODES.index("Road"), CODES.index("Sidewalk"), CODES.index("Tree")])

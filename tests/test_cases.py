@@ -185,6 +185,15 @@ class Noise(fastai.Transform):
         return x + 0.1 * torch.randn_like(x)
 
 
+class Seldom(fastai.Transform):
+    """Draws a number from NumPy, which rarely changes anything."""
+
+    order = 50
+
+    def encodes(self, x: fastai.TensorImage):
+        return x.flip(-1) if np.random.rand() < 1e-6 else x
+
+
 class Swap(fastai.Callback):
     """Changes the batch on its way to the network."""
 
@@ -360,6 +369,7 @@ CASES = {
         EQUAL,
     ),
     "B random batch transform": Case(classifier(batch_tfms=[Noise()]), "Noise is random"),
+    "B seldom random batch transform": Case(classifier(batch_tfms=[Seldom()]), "Seldom is random"),
     # C. size and channels
     "C7 gray, three statistics": Case(
         classifier(

@@ -374,6 +374,7 @@ def learner_file(data, tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")  # other than that of torch.save
 @pytest.mark.parametrize(
     ("content", "message"),
     [

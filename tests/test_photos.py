@@ -36,6 +36,7 @@ def test_opens_the_formats_that_it_names(format):
         assert np.array_equal(np.array(opened), np.array(photo))
 
 
+@pytest.mark.filterwarnings("ignore:IM image format is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("format", ["PPM", "IM", "TGA", "ICNS", "PCX", "SGI", "EPS", "PDF"])
 def test_no_other_decoder_is_reached(format):
     with pytest.raises(Rejected, match="not an image of a known format") as error:
@@ -334,7 +335,7 @@ def test_a_label_lies_where_its_photo_s_pixels_do(affine):
     preprocessor = Preprocessor(gray)
     found = as_model_sees(Image.fromarray(label), preprocessor)
     pixels = to_array(preprocessor.resize(Image.fromarray(label)))
-    x = BatchTransforms(gray)(torch.from_numpy(pixels)[None])[0, 0]
+    x = BatchTransforms(gray)(torch.from_numpy(np.stack([pixels])))[0, 0]
     assert found.dtype == torch.uint8 and set(found.unique().tolist()) == {0, 200}
     assert found.shape == x.shape == (64, 64) if not affine else (32, 48)
     assert ((found > 100) == (x * 255 > 100)).float().mean() > 0.97

@@ -19,7 +19,7 @@ from deployment.export.earlier import PAIRS, Pair, likely_pairs, moved
 from deployment.export.learner import on_cpu, open_learner
 from deployment.export.predict import Steps
 from deployment.export.rescue import BOUND, compare, last_line, make_environment, own_packages
-from deployment.export.unpickle import Found
+from deployment.export.unpickle import Found, Missing
 from deployment.photos import Preprocessor
 from deployment.runtime import load
 
@@ -72,6 +72,7 @@ def test_what_a_learner_names_tells_which_fastai_opens_it():
         "fastai2.0": False,
         "fastai2.5": False,
         "fastai2.7": True,
+        "fastai2.7-dilled": True,
     }
 
 
@@ -83,6 +84,17 @@ def test_names_that_moved():
     assert moved("fastcore.transform", "Pipeline") is Pipeline
     with pytest.raises(AttributeError, match="an earlier fastai had fastai.layers.NoSuchThing"):
         moved("fastai.layers", "NoSuchThing")
+
+
+@pytest.mark.skipif(sys.version_info[:2] == (3, 10), reason="the Python that pickled it runs its callback")
+def test_code_of_another_python_does_not_run(tmp_path, capsys):
+    path = tmp_path / "learner.pkl"
+    path.write_bytes(gzip.decompress((LEARNERS / "fastai2.7-dilled.pkl.gz").read_bytes()))
+    learner, found = open_learner(path)
+    [counts] = [callback for callback in learner.cbs if isinstance(callback, Missing)]
+    assert counts.symbol == "__main__.Counts" and found.python == counts.python == "3.10"
+    assert "Counts" not in str(load_rescued(path)[0].cbs)
+    assert "callback __main__.Counts is code of Python 3.10" in capsys.readouterr().out
 
 
 def test_packages_of_the_learner_go_along():
@@ -164,7 +176,7 @@ def earlier(request, tmp_path_factory) -> tuple[Pair, Path]:
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("kind", ["tiny", "unet", "classifier", "multilabel", "dilled"])
+@pytest.mark.parametrize("kind", ["tiny", "tiny_dilled", "unet", "classifier", "multilabel", "dilled"])
 def test_learner_is_rescued(kind, earlier, tmp_path):
     pair, folder = earlier
     command = [sys.executable, "-m", "deployment.export", folder / f"{kind}.pkl", "--trust", "--rescue"]

@@ -413,6 +413,7 @@ SAMPLED = [  # (height, width) of the image and of the samples
 ]
 
 
+@pytest.mark.filterwarnings("ignore:Since version 1.3.0, affine_grid:UserWarning")  # of a side of one pixel
 @pytest.mark.parametrize("mode", ["bilinear", "nearest"])
 def test_resampling_in_a_graph_is_fastai_s_to_within_rounding(mode):
     cuts = ({}, {"ratio": [0.75, 4 / 3], "scale": 0.9}, {"ratio": [1.0, 1.0], "scale": 0.9})

@@ -350,6 +350,7 @@ def test_top_must_be_a_number(top):
     assert read_request({"data": b"photo", "top": b"3"}).top == 3
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name:UserWarning")
 def test_a_program_that_would_run_code_is_refused(stores, tmp_path):
     trap = io.BytesIO()
     torch.save({"weight": Trap(tmp_path / "sprung")}, trap)

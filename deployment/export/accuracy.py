@@ -9,6 +9,7 @@ import csv
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,7 +87,7 @@ def compare(config: Config, original: list[Tensor], converted: list[Tensor], lab
         agreement = 1 - ((ours - theirs).abs().mean() / ours.abs().max().clamp(min=1e-6)).item()
     else:
         agreement = (ours == theirs).float().mean().item()
-    report = {"photos": len(original), "agreement": round(agreement, 6)}
+    report: dict[str, Any] = {"photos": len(original), "agreement": round(agreement, 6)}
     if labels is not None:
         truth = torch.cat(labels)
         name, before, after = (*score(ours, truth, config), score(theirs, truth, config)[1])
@@ -158,7 +159,8 @@ def compare_masks(
     Accuracies are shares of 1 over all pixels that are not void; `drop` is in points of percent, the larger of the two.
     """
     equal = sum((a == b).sum().item() for a, b in zip(original, converted, strict=True))
-    report = {"photos": len(original), "agreement": round(equal / sum(m.numel() for m in original), 6)}
+    agreement = equal / sum(m.numel() for m in original)
+    report: dict[str, Any] = {"photos": len(original), "agreement": round(agreement, 6)}
     if labels is not None:
         before, after = mask_scores(original, labels, classes), mask_scores(converted, labels, classes)
         for name in before:

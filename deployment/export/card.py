@@ -29,7 +29,7 @@ def write_card(learner, config: Config, folder: Path | str, proof: list[str]) ->
     Where a line would have to be guessed, such as the license or what the learner was trained on, the card says that
     nobody told.
     """
-    front = {"library_name": "openvino" if config.runtime == "openvino" else "pytorch"}
+    front: dict[str, object] = {"library_name": "openvino" if config.runtime == "openvino" else "pytorch"}
     if config.task in PIPELINES:
         front["pipeline_tag"] = PIPELINES[config.task]
     front["tags"] = ["fastai", "torchserve", config.task, *([config.arch] if config.arch else [])]

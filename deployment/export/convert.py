@@ -60,10 +60,12 @@ def convert(
     if decode == "fast":
         check_fast_decoding(config, calibrate)
     preprocessor = Preprocessor(config, folder)
-    train, valid = calibration_images(calibrate) if calibrate else ([], [])
+    train, valid, labels = [], [], None
+    if calibrate:
+        train, valid = calibration_images(calibrate)
+        labels = read_labels(valid, calibrate, preprocessor)
     noise = (255 * np.random.default_rng(0).random((4, *warm_up_size(config)))).astype(config.dtype)
     inputs = [preprocessor(path.read_bytes()) for path in valid] or list(noise)
-    labels = read_labels(valid, calibrate, preprocessor)
     original = outputs(eager(config, folder), inputs)
 
     if precision == "bf16" and not has_bf16():
@@ -94,7 +96,8 @@ def first_good(tries: Iterable, measure: Callable, what: str, max_drop: float) -
     Raises:
         ExportError: none is; the message has what is lost by the best.
     """
-    best, least = None, float("inf")
+    best: tuple = ()
+    least = float("inf")
     for candidate in tries:
         report = measure(candidate)
         if (lost := excess(report, what, max_drop)) < least:
@@ -136,6 +139,7 @@ def fast_inputs(config: Config, folder: Path | str, photos: list[Path], exact: l
     preprocessor = Preprocessor(dataclasses.replace(config, decode="fast"), folder)
     inputs = [preprocessor(path.read_bytes()) for path in photos]
     if all(map(np.array_equal, inputs, exact)):
+        assert config.resize  # see check_fast_decoding
         h, w = config.resize["size"]
         raise ExportError(
             f"--decode fast changes nothing: no photo to measure with is a JPEG of {4 * w} × {4 * h} or more"
@@ -171,7 +175,15 @@ def to_openvino(config: Config, folder: Path | str):
     return model
 
 
-def quantized(base, samples: list, inputs, labels, original, config: Config, max_drop: float) -> Iterator:
+def quantized(
+    base: object,
+    samples: list[np.ndarray],
+    inputs: list[np.ndarray],
+    labels: list[torch.Tensor] | None,
+    original: list[torch.Tensor],
+    config: Config,
+    max_drop: float,
+) -> Iterator:
     """int8 versions of `base`, each more careful and slower than the one before; made only when asked for.
 
     What comes before the first convolution and that itself stay in float in all of them: they see the image, cost next

@@ -6,6 +6,7 @@ import inspect
 import platform
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ def describe_learner(
     if len(logits) != 1 or logits.ndim not in (1, 2, 4):
         raise ExportError(f"the network gives {tuple(logits.shape)} for one image, which serving cannot answer with")
     size, n_in = list(pipeline.size or steps.x.shape[-2:]), steps.x.shape[1]
-    network = {"n_classes": logits.shape[1] if logits.ndim > 1 else 1, "img_size": size, "arch": None}
+    network: dict[str, Any] = {"n_classes": logits.shape[1] if logits.ndim > 1 else 1, "img_size": size, "arch": None}
     network["options"] = {} if n_in == 3 else {"n_in": n_in}
     if is_unet(model) and not pipeline.own:
         with contextlib.suppress(ExportError, AttributeError, LookupError, StopIteration):  # else it is a program
@@ -93,7 +94,8 @@ def as_program(config: Config, channels: int) -> Config:
     return dataclasses.replace(config, arch=None, options={} if channels == 3 else {"n_in": channels})
 
 
-def is_unet(model) -> bool:
+def is_unet(model: torch.nn.Module) -> bool:
+    """Whether `model` is what fastai's `unet_learner` makes."""
     from fastai.vision.models.unet import DynamicUnet
 
     return isinstance(model, DynamicUnet)
@@ -121,7 +123,7 @@ def describe_unet(model, hint: str | None, img_size: list[int]) -> dict:
         norm = "Spectral"
     blur = [len(block.shuf) > 2 for block in blocks]
     sigmoid = kinds.get("SigmoidRange")
-    options = {
+    options: dict[str, Any] = {
         "n_in": n_in,
         "cut": cut,
         "blur": any(blur),
@@ -132,7 +134,7 @@ def describe_unet(model, hint: str | None, img_size: list[int]) -> dict:
         "act_cls": describe_activation(next(layer for layer in first if not list(layer.parameters()))),
         "norm_type": norm,
     }
-    defaults = DynamicUnetDIY.__init__.__kwdefaults__
+    defaults = DynamicUnetDIY.__init__.__kwdefaults__ or {}
     network = {
         "arch": arch,
         "n_classes": next(last.parameters()).shape[0],

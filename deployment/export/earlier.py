@@ -8,6 +8,7 @@ from __future__ import annotations  # an earlier fastai's environment runs this 
 
 import dataclasses
 import importlib
+from typing import Any
 
 PACKAGES = ("fastai", "fastcore")  # whose names have moved from module to module
 GONE = ("fastcore.transform", "fastcore.dispatch")  # modules of fastcore until 1.7
@@ -53,6 +54,8 @@ class Holder:
 
 class TypeDispatch(Holder):
     """fastcore's dispatch by the types of two arguments: `funcs` has functions by the first, then by the second."""
+
+    funcs: Any
 
     def functions(self) -> list:
         return [function for second in self.funcs.d.values() for function in second.d.values()]

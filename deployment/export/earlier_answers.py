@@ -37,33 +37,37 @@ def own_types(value):
 
 
 def accept_pickle_module() -> None:
-    """Let fastai's `load_learner` take a module in place of `pickle`: before 2.1 it does not."""
+    """Let fastai's `load_learner` take a module in place of `pickle`: before 2.1 it does not.
+
+    The functions that take the places of others have the arguments that are used here, and no more.
+    """
     from fastai import learner
 
     def load_learner(path, cpu: bool, pickle_module):
         torch_load = torch.load
-        torch.load = lambda file, **options: torch_load(file, **{**options, "pickle_module": pickle_module})
+        torch.load = lambda file, **options: torch_load(file, **{**options, "pickle_module": pickle_module})  # pyrefly: ignore[bad-assignment]
         try:
             return fastai_load(path, cpu=cpu)
         finally:
             torch.load = torch_load
 
-    fastai_load, learner.load_learner = learner.load_learner, load_learner
+    fastai_load, learner.load_learner = learner.load_learner, load_learner  # pyrefly: ignore[bad-assignment]
 
 
-def main(learner: str, images: str, items: str, skip: str, out: str) -> None:
+def main(path: str, images: str, items: str, skip: str, out: str) -> None:
+    """The command; its arguments are those of the module's docstring."""
     make_package()
     accept_pickle_module()
     from earlier_export.learner import open_learner
     from earlier_export.predict import predict_file
 
-    learner, _ = open_learner(learner)
+    learner, _ = open_learner(path)
     answers = []
-    paths = json.loads(Path(images).read_text(encoding="utf-8"))
+    photos = json.loads(Path(images).read_text(encoding="utf-8"))
     with np.load(items) as arrays:
-        items = [torch.from_numpy(arrays[name]) for name in arrays.files]
-    for i, path in enumerate(paths):
-        steps = predict_file(learner, learner.model, Path(path), int(skip), go_on=items[i])
+        made = [torch.from_numpy(arrays[name]) for name in arrays.files]
+    for photo, item in zip(photos, made):  # noqa: B905  # Python 3.8 has no `strict`
+        steps = predict_file(learner, learner.model, Path(photo), int(skip), go_on=item)
         answers.append({name: own_types(value) for name, value in vars(steps).items() if name != "opened"})
     torch.save(answers, out)
 

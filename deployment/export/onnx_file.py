@@ -74,6 +74,7 @@ def save_graph(config: Config, folder: Path | str, path: Path) -> None:
             exported = torch.onnx.export(
                 program, dynamo=True, input_names=["images"], output_names=[output], verbose=False
             )
+            assert exported is not None  # as without `dynamo`
             exported.save(path, external_data=False)
     except torch.onnx.errors.OnnxExporterError as error:
         raise ExportError(f"no ONNX of this network: {' '.join(str(error).split())[:300]}") from error

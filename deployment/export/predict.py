@@ -77,8 +77,8 @@ def predict_file(
         ) from error
     finally:
         hook.remove()
-    tensors = (x, seen[-1][0], seen[-1][1], values, decided)
-    return Steps(opened, item, *map(plain_tensor, tensors), decoded[0] if len(decoded) == 1 else decoded)
+    x, shown, logits, values, decided = map(plain_tensor, (x, *seen[-1], values, decided))
+    return Steps(opened, item, x, shown, logits, values, decided, decoded[0] if len(decoded) == 1 else decoded)
 
 
 def plain_tensor(value: torch.Tensor) -> torch.Tensor:
@@ -87,6 +87,7 @@ def plain_tensor(value: torch.Tensor) -> torch.Tensor:
 
 
 def one_line(error: Exception) -> str:
+    """The class of `error` and its message, 200 characters at most."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 

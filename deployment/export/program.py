@@ -4,6 +4,7 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -148,7 +149,8 @@ def plain(network: nn.Module, example: torch.Tensor) -> nn.Module:
                 parent._modules[name] = nn.Identity()
             elif child is not None:
                 parent._modules[name] = unwrapped(child)
-        for tensors in (parent._parameters, parent._buffers):
+        both: tuple[dict[str, Any], ...] = (parent._parameters, parent._buffers)
+        for tensors in both:
             for name, value in tensors.items():
                 if isinstance(value, torch.Tensor) and type(value) not in (torch.Tensor, nn.Parameter):
                     value = value.detach().as_subclass(torch.Tensor)

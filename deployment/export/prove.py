@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,12 +49,13 @@ def sample_images(folder: Path | str, size: list[int], large: bool) -> list[Path
     """
     h, w = size
     rng = np.random.default_rng(0)
-    turned = Image.Exif()
-    turned[0x0112] = 6
+    orientation = Image.Exif()
+    orientation[0x0112] = 6
+    turned: dict[str, Any] = {"exif": orientation}
     images = []
     for width, height, mode, name, options in (
         (w, h, "RGB", "same.png", {}),
-        (w, h, "RGB", "turned.jpg", {"exif": turned}),
+        (w, h, "RGB", "turned.jpg", turned),
         (w, h, "dark", "dark.png", {}),
         (w, h, "I;16", "16-bit.png", {}),
         (w * 3 // 2, h * 7 // 4, "RGB", "tall.jpg", {}),
@@ -62,7 +64,8 @@ def sample_images(folder: Path | str, size: list[int], large: bool) -> list[Path
         (w + 5, h + 1, "P", "palette.png", {}),
         *([(LARGE[1], LARGE[0], "smooth", "large.jpg", {})] if large else []),
     ):
-        image = Image.fromarray(rng.integers(0, 256, (6, 8, 4), np.uint8)).resize((width, height), Image.BICUBIC)
+        blobs = Image.fromarray(rng.integers(0, 256, (6, 8, 4), np.uint8))
+        image = blobs.resize((width, height), Image.Resampling.BICUBIC)
         if mode != "smooth":
             pixels = np.array(image) + rng.normal(0, 20, (height, width, 4))
             pixels = pixels.clip(0, 255) * (0.1 if mode == "dark" else 1)
@@ -143,12 +146,12 @@ def compare_pixels(
     return x
 
 
-def same_pixels(theirs, ours) -> bool:
+def same_pixels(theirs: object, ours: Image.Image | np.ndarray) -> bool:
     """Whether an image that the learner opened is ours. What is no Pillow image is compared as an item later."""
     return not isinstance(theirs, Image.Image) or np.array_equal(to_array(theirs), to_array(ours))
 
 
-def as_pixels(item) -> np.ndarray | None:
+def as_pixels(item: object) -> np.ndarray | None:
     """`item`, a tensor (channels, height, width), as (height, width, channels); None for something else."""
     if not isinstance(item, torch.Tensor) or item.ndim != 3:
         return None
@@ -192,7 +195,7 @@ def compare_answers(path: Path, theirs: Steps, handler: Handler) -> None:
     different = next(key for key in expected if ours.get(key) != expected[key])
     if different == "base64_prediction":
         mask = np.asarray(theirs.decoded).astype(np.uint8)
-        wrong = int((job.items[0].output != mask).sum())
+        wrong = int(np.sum(job.items[0].output != mask))
         raise ExportError(f"{path.name}: the masks differ in {wrong} pixels")
     raise ExportError(
         f"{path.name}: `{different}` of the answer differs: learn.predict says {short(expected[different])}, "
@@ -200,7 +203,8 @@ def compare_answers(path: Path, theirs: Steps, handler: Handler) -> None:
     )
 
 
-def short(value) -> str:
+def short(value: object) -> str:
+    """`value` as JSON of 60 characters at most."""
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}…"
 
@@ -237,7 +241,7 @@ def compare_batch(pairs: list[tuple[torch.Tensor, torch.Tensor]], model: torch.n
         raise NetworkDiffers(f"the logits of {len(theirs)} images in one batch differ by {apart:.3g}")
 
 
-def first_difference(original, copy, x: torch.Tensor) -> str:
+def first_difference(original: torch.nn.Module, copy: torch.nn.Module, x: torch.Tensor) -> str:
     """The name of the first layer whose output for `x` is not the same in `original` and `copy`."""
     outputs = []
     for model in (original, copy):

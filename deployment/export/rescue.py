@@ -5,6 +5,7 @@ makes an environment with the fastai and the torch of that time, where `earlier_
 predicts the proof's images.
 """
 
+import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -19,12 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from packaging.specifiers import SpecifierSet
 
 from .earlier import Pair, likely_pairs
 from .earlier_answers import own_types
 from .learner import ExportError, open_learner
 from .predict import Steps, predict_file
-from .unpickle import Found
+from .unpickle import Found, Missing
 
 LEVELS = 1  # of 255, that a resized image may differ by: Pillow rounded otherwise before 13
 # What another version of torch may make of the same numbers: a share of the largest of them, and of a mask's pixels.
@@ -42,7 +44,21 @@ def load_rescued(path: Path | str) -> tuple[object, Prove | None]:
         ExportError: the file holds no learner, or one of fastai 1.
     """
     learner, found = open_learner(path)
-    return learner, functools.partial(prove_earlier, Path(path), found) if found.is_earlier() else None
+    if not found.is_earlier():
+        return learner, None
+    leave_out_callbacks(learner)
+    return learner, functools.partial(prove_earlier, Path(path), found)
+
+
+def leave_out_callbacks(learner) -> None:
+    """Take from `learner` the callbacks whose code is in its file and is another Python's.
+
+    Under its own fastai it has them, and so the proof tells whether they change an answer.
+    """
+    for callback in list(learner.cbs):
+        if isinstance(callback, Missing) and callback.python:
+            print(f"the callback {callback.symbol} is code of Python {callback.python}: only the proof is with it")
+            learner.cbs.remove(callback)
 
 
 def prove_earlier(path: Path, found: Found, learner, model: torch.nn.Module, images: list[Path], skip: int) -> str:
@@ -117,7 +133,7 @@ def compare(name: str, theirs: Steps, ours: Steps, pair: Pair) -> tuple[float, f
     return levels, apart, different
 
 
-def are_names(decoded) -> bool:
+def are_names(decoded: object) -> bool:
     """Whether `decoded` is a class's name, or a list of such."""
     return isinstance(decoded, str) or (isinstance(decoded, list) and all(isinstance(one, str) for one in decoded))
 
@@ -136,8 +152,10 @@ def ask(path: Path, found: Found, images: list[Path], ours: list[Steps], skip: i
 
     After the item transforms it goes on with the items of `ours`, so that what follows is compared on the same pixels.
     """
-    packages = own_packages(found)
+    packages, reason = own_packages(found), ""
     for pair in likely_pairs(found.named):
+        if found.python and SpecifierSet(pair.python).contains(found.python):  # it runs the code that is in the file
+            pair = dataclasses.replace(pair, python=f"=={found.python}.*")
         with tempfile.TemporaryDirectory(prefix="rescue-") as folder:
             start = time.monotonic()
             python = make_environment(pair, Path(folder, "env"), packages)
@@ -194,7 +212,7 @@ def reachable(address: str) -> bool:
         return False
 
 
-def uv(*arguments, what: str) -> None:
+def uv(*arguments: str | Path, what: str) -> None:
     """Run uv; raises ExportError with `what` and what uv says, in one line, where it fails."""
     done = subprocess.run([sys.executable, "-m", "uv", *arguments, "--quiet"], capture_output=True, text=True)
     if done.returncode:

@@ -149,7 +149,10 @@ def decision(values: torch.Tensor, task: str, threshold: float | None) -> torch.
     """What `learn.predict` decides on the values of an answer: one class, a yes for each, or the values themselves."""
     if task == "classification":
         return values.argmax(dim=1)
-    return values > threshold if task == "multi-label" else values
+    if task == "multi-label":
+        assert threshold is not None  # see describe_decoding
+        return values > threshold
+    return values
 
 
 def class_names(dls, n_classes: int) -> list[str]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MethodType
+from typing import Any
 
 import numpy as np
 import torch
@@ -131,6 +132,7 @@ def is_fastai_opener(function) -> bool:
 
 
 def is_noop(function) -> bool:
+    """Whether `function` is fastcore's that changes nothing."""
     from fastcore.basics import noop
 
     return function is noop or getattr(function, "__name__", "") == "noop"
@@ -196,6 +198,7 @@ def read_item_transforms(dls, pipeline: ImagePipeline, opens_itself: bool) -> bo
 
 
 def filter_name(transform) -> str:
+    """The name of the filter that `transform` resizes with, as in Config."""
     return Image.Resampling(transform.mode).name.lower()
 
 
@@ -221,8 +224,9 @@ def method_for(transform, x) -> Callable | None:
     encodes = getattr(transform, "encodes", None)
     if encodes is None:
         return None
-    bound = isinstance(encodes, MethodType)
-    function, before = (encodes._f, (transform,)) if bound else (encodes, ())
+    function, before = encodes, ()
+    if isinstance(encodes, MethodType):
+        function, before = encodes._f, (transform,)  # pyrefly: ignore[missing-attribute]  # plum's
     try:
         method = function.resolve_method((*before, x))[0]
     except NotFoundLookupError:
@@ -267,11 +271,12 @@ def read_affine(transform, pipeline: ImagePipeline) -> None:
     """Append to `pipeline` what an augmentation that resamples images does at validation time."""
     from fastai.vision.augment import RandomResizedCropGPU
 
-    if isinstance(transform, RandomResizedCropGPU):
+    kind = type(transform)
+    if kind is RandomResizedCropGPU:
         if any(earlier["size"] for earlier in pipeline.affine):
             raise ExportError("RandomResizedCropGPU comes after a transform with a size: not supported")
-        options = {"pad_mode": "reflection", "align_corners": True, "ratio": [*map(float, transform.ratio)]}
-        options["scale"] = float(transform.valid_scale)
+        options: dict[str, Any] = {"pad_mode": "reflection", "align_corners": True}
+        options |= {"ratio": [*map(float, transform.ratio)], "scale": float(transform.valid_scale)}
     else:
         options = {"pad_mode": transform.pad_mode, "align_corners": bool(transform.align_corners)}
     size = transform.size
@@ -289,10 +294,16 @@ def require_deterministic(transform, method: Callable) -> None:
     """Raises ExportError where `method`, of `transform`, draws random numbers, or gives two answers to one question."""
     x = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(0))
     try:
-        before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        before = random_states()
         first, second = method(x.clone()), method(x.clone())
-        after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        after = random_states()
     except Exception:  # it takes other images than these: the proof will tell what it does
         return
     if before != after or not torch.equal(first, second):
         raise ExportError(f"the batch transform {name_of(transform)} is random, at validation time too")
+
+
+def random_states() -> tuple:
+    """How far the generators of Python, NumPy and torch are: equal, unless something was drawn in between."""
+    state = np.random.get_state(legacy=False)["state"]
+    return random.getstate(), state["key"].tolist(), state["pos"], torch.get_rng_state().tolist()

@@ -17,7 +17,7 @@ from . import earlier
 
 @dataclasses.dataclass
 class Found:
-    """What a pickle holds of functions whose code cloudpickle wrote into it."""
+    """What a pickle holds of functions whose code cloudpickle or dill wrote into it."""
 
     installed: list = dataclasses.field(default_factory=list)  # (pickled bytecode, the installed module's function)
     missing: bool = False  # there are others
@@ -79,9 +79,13 @@ def lenient_pickle(found: Found, own_code: bool) -> types.SimpleNamespace:
 
 
 class Code(tuple):
-    """The arguments of a code object."""
+    """The arguments of a code object, in the order that Python has had since 3.8."""
 
     def __new__(cls, *args):
+        if not isinstance(args[0], int):  # dill's own, before the others
+            args = args[1:]
+        if len(args) == 15:  # of Python 3.7, without the number of arguments that are positional alone
+            args = (args[0], 0, *args[1:])
         return super().__new__(cls, args)
 
 
@@ -90,31 +94,36 @@ class LenientUnpickler(pickle._Unpickler):  # the one in Python, whose steps can
 
     found: Found
     own_code: bool
+    stack: list  # the base class's
     dispatch = pickle._Unpickler.dispatch.copy()
 
     def load_build(self):
         """Set an object's state. plum's, which dispatch fastai's transforms, are compiled on most Pythons.
 
-        Their state is a dict then, else a pair of None and a dict: take either.
+        Their state is a dict then, else a pair of None and a dict: take either. Functions have theirs from dill: what
+        takes their places has its own.
         """
         thing, state = self.stack[-2:]
+        if isinstance(thing, MissingType) or any(thing is function for _, function in self.found.installed):
+            self.stack.pop()
+            return
         if type(thing).__module__.startswith("plum.") and not hasattr(thing, "__dict__"):
             self.stack.pop()
             for name, value in (state[1] if isinstance(state, tuple) else state).items():
                 setattr(thing, name, value)
             return
-        super().load_build()
+        super().load_build()  # pyrefly: ignore[missing-attribute]  # typeshed lacks it
         if any(isinstance(value, earlier.TypeDispatch) for value in getattr(thing, "__dict__", {}).values()):
             earlier.set_dispatch(thing)
 
-    dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.BUILD[0]] = load_build  # pyrefly: ignore[unsupported-operation]  # typeshed names another class
 
     def find_class(self, module: str, name: str):
         self.found.named.add((module, name))
         if module.partition(".")[0] == "cloudpickle" and (function := self.cloudpickled(name)):
             return function
-        if (module, name) == ("dill._dill", "_create_function"):
-            return dill_function
+        if module == "dill._dill" and (function := self.dilled(name)):
+            return function
         if module in ("builtins", "__builtin__") and name == "getattr":
             return attribute
         if module.partition(".")[0] == "pathlib":  # Python 3.13 alone has pathlib._local
@@ -148,8 +157,20 @@ class LenientUnpickler(pickle._Unpickler):  # the one in Python, whose steps can
             }
         return functions.get(name)
 
+    def dilled(self, name: str):
+        """What takes the place of dill's function `name`; None: nothing does."""
+        if self.own_code:
+            return dill_function if name == "_create_function" else None
+        functions = {
+            "_create_code": Code,
+            "_create_function": self.make_function,
+            "_create_type": self.make_dilled_class,
+        }
+        return functions.get(name)
+
     def make_function(self, code, scope, *_):
-        module, (filename, name, qualname) = scope.get("__name__", "__main__"), code[10:13]
+        module = scope.get("__name__", "__main__") if isinstance(scope, dict) else "__main__"
+        filename, name, qualname = code[10:13]
         if version := re.search(r"[Pp]ython(3)\.?(\d+)", filename):
             self.found.python = ".".join(version.groups())
         function = installed(module, name, qualname if isinstance(qualname, str) else None, code[9][: code[0]])
@@ -162,6 +183,9 @@ class LenientUnpickler(pickle._Unpickler):  # the one in Python, whose steps can
     def make_class(self, kind, name, bases, options, *_):
         self.found.missing = True
         return stand_in(f"{options.get('__module__', '__main__')}.{name}", self.found)
+
+    def make_dilled_class(self, kind, name, bases, members, *_):
+        return self.make_class(kind, name, bases, members)
 
     def make_enum(self, bases, name, members, qualname, module, *_):
         self.found.missing = True
@@ -225,7 +249,8 @@ def installed(module: str, name: str, qualname: str | None, arguments: tuple) ->
     for path in names:
         function = functools.reduce(lambda thing, part: getattr(thing, part, None), path.split("."), scope)
         function = getattr(function, "__func__", function)  # of a class method
-        code = getattr(function, "__code__", None)
-        if isinstance(function, types.FunctionType) and code.co_varnames[: code.co_argcount] == arguments:
-            functions.add(function)
+        if isinstance(function, types.FunctionType):
+            code = function.__code__
+            if code.co_varnames[: code.co_argcount] == arguments:
+                functions.add(function)
     return functions.pop() if len(functions) == 1 else None

@@ -138,7 +138,7 @@ def for_runtime(
     decode: str,
 ) -> Config:
     """`config` with that runtime and precision, for which what it needs lies in `folder`; see `export_learner`."""
-    precision = precision or PRECISIONS.get(runtime, (None,))[0]
+    precision = precision or PRECISIONS.get(runtime, ("",))[0]
     check_runtime(runtime, precision)
     if runtime == "openvino":
         return convert(config, folder, precision, calibrate, max_drop, decode)

@@ -20,6 +20,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from ..archive import find_archive, runtime_of
 from ..memory import memory_limit
@@ -170,7 +171,7 @@ def torchserve(
     *,
     timeout: float = 120,
     folder: Path | str | None = None,
-    **options,
+    **options: Any,
 ) -> Iterator[str]:
     """A running TorchServe on loopback; yields the URL of its inference API once a worker is ready.
 
@@ -181,8 +182,8 @@ def torchserve(
     Raises:
         RuntimeError: the server ended or was not ready within `timeout` seconds; the message holds its last lines.
     """
-    ports = dict(zip(("port", "management_port", "metrics_port"), free_ports(3), strict=True))
-    options = ports | options
+    ports = zip(("port", "management_port", "metrics_port"), free_ports(3), strict=True)
+    options = {**dict(ports), **options}
     argv, env = command(model_store, **options)
     name = find_archive(model_store, options.get("name"))[1]
     with tempfile.TemporaryDirectory(prefix="torchserve-") as scratch:

@@ -3,8 +3,8 @@
 PYTHON is one with a fastai of 2.0 to 2.7. It writes FOLDER/KIND.pkl and FOLDER/KIND.npy, what `learn.predict` gives for
 photo.png: a mask, or probabilities. The functions, the metric and the callback exist in this script alone.
 
-`tiny` has weights that do not depend on a version: tests/learners/fastaiX.Y.pkl.gz are such learners, compressed, and
-tiny.npy what all of them give.
+`tiny` and `tiny_dilled` have weights that do not depend on a version: tests/learners/fastaiX.Y.pkl.gz and
+fastaiX.Y-dilled.pkl.gz are such learners, compressed, and tiny.npy what all of them give.
 """
 
 import sys
@@ -19,7 +19,7 @@ from PIL import Image
 from torch import nn
 
 PHOTO = Path(__file__).with_name("photo.png")
-KINDS = ["tiny", "unet", "classifier", "multilabel", "dilled"]
+KINDS = ["tiny", "tiny_dilled", "unet", "classifier", "multilabel", "dilled"]
 CODES = ["sky", "road", "tree"]
 
 
@@ -42,8 +42,7 @@ def share_of_road(predictions, targets):
 class Counts(fv.Callback):
     """A callback of training alone."""
 
-    def before_fit(self):
-        self.batches = 0
+    batches = 0
 
     def after_batch(self):
         self.batches += 1
@@ -63,14 +62,18 @@ def make_masks(kind, folder, files):
     """A learner whose answer is a mask."""
     normalize = fv.Normalize.from_stats([0.4, 0.5, 0.6], [0.2, 0.3, 0.25])
     options = {"codes": CODES, "item_tfms": fv.Resize((48, 64)), "batch_tfms": normalize, "bs": 4, "num_workers": 0}
-    dls = fv.SegmentationDataLoaders.from_label_func(folder, files, mask_of, **options)
+    cbs, label = [], mask_of
+    if kind == "tiny_dilled":
+        cbs, label = [Counts()], lambda photo: mask_of(photo)
+    dls = fv.SegmentationDataLoaders.from_label_func(folder, files, label, **options)
     if kind == "unet":
         return fv.unet_learner(dls, fv.resnet18, pretrained=False, metrics=share_of_road, path=folder)
     network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 3, 3, padding=1))
     rng = np.random.RandomState(0)
     for p in network.parameters():
         p.data = torch.tensor(rng.uniform(-1, 1, tuple(p.shape)), dtype=torch.float32)
-    return fv.Learner(dls, network, loss_func=fv.CrossEntropyLossFlat(axis=1), metrics=share_of_road, path=folder)
+    loss = fv.CrossEntropyLossFlat(axis=1)
+    return fv.Learner(dls, network, loss_func=loss, metrics=share_of_road, cbs=cbs, path=folder)
 
 
 def make_classes(kind, folder):
@@ -102,13 +105,13 @@ def make(kind, out):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         files = make_photos(folder)
-        of_masks = kind in ("tiny", "unet")
+        of_masks = kind in ("tiny", "tiny_dilled", "unet")
         learn = make_masks(kind, folder, files) if of_masks else make_classes(kind, folder)
         with learn.no_bar(), learn.no_logging():
-            if kind != "tiny":
+            if not kind.startswith("tiny"):
                 learn.fit(1, 1e-3)
             decoded, _, probabilities = learn.predict(PHOTO)
-        learn.export("learner.pkl", **({"pickle_module": dill} if kind == "dilled" else {}))
+        learn.export("learner.pkl", **({"pickle_module": dill} if kind.endswith("dilled") else {}))
         (out / f"{kind}.pkl").write_bytes((folder / "learner.pkl").read_bytes())
         np.save(out / f"{kind}.npy", np.array(decoded).astype(np.uint8) if of_masks else probabilities.numpy())
 
