@@ -1,7 +1,6 @@
 """The notebooks as they are committed: clean runs from top to bottom, small, and free of any machine's traces."""
 
 import json
-import os
 import re
 import runpy
 import subprocess
@@ -66,8 +65,7 @@ def run_notebooks(*numbers, into, **parameters):
     """What `run.py` prints of the notebooks, run head to foot; the test fails where one does."""
     given = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
     command = [sys.executable, "notebook/run.py", *numbers, "--into", into, *given]
-    environment = os.environ | {"TS_DEFAULT_WORKERS_PER_MODEL": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -120,7 +118,7 @@ def test_notebooks_02_and_03_take_a_learner_that_normalizes_and_keeps_the_size_o
     assert json.loads((tmp_path / "sample_output.txt").read_text())["shape"] == [480, 640]
 
 
-def test_notebook_02_sends_a_classifier_to_05_which_takes_a_file(tmp_path):
+def test_notebook_02_sends_a_classifier_to_05_which_takes_a_file(tmp_path, monkeypatch):
     """Its first section serves the file; what follows makes three learners of its own."""
     from fastai.vision.all import ImageDataLoaders, Resize, resnet18, vision_learner
 
@@ -134,6 +132,7 @@ def test_notebook_02_sends_a_classifier_to_05_which_takes_a_file(tmp_path):
     refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 1 and "take this learner to notebook 05" in refused.stderr
 
+    monkeypatch.setenv("TS_DEFAULT_WORKERS_PER_MODEL", "1")
     printed = run_notebooks("05", into=tmp_path, LEARNER=tmp_path / "learner.pkl", SCENES=60, EPOCHS=1)
     predicted, label = re.search(r"learn.predict: (\w+)\nover HTTP: {\"label\": \"(\w+)\"", printed).groups()
     assert predicted == label in labels
