@@ -95,27 +95,29 @@ def export_unet(folder, n_classes, batch_tfms=None, item_tfms=None):
     learn.export("learner.pkl")
 
 
-def test_notebooks_02_and_03_take_four_classes(tmp_path):
-    from fastai.vision.all import Resize
-
-    export_unet(tmp_path, 4, item_tfms=Resize((72, 88), method="squish"))
-    printed = run_notebooks("02", "03", into=tmp_path, STORE=tmp_path, RESULTS=tmp_path, DATA=tmp_path / "scenes")
+def check_02_and_03(folder):
+    """Run 02 and 03 with `folder`/learner.pkl; returns the server's answer to the sample."""
+    printed = run_notebooks("02", "03", into=folder, STORE=folder, RESULTS=folder, DATA=folder / "scenes")
     assert "masks equal: 3 of 3 images" in printed
     assert "the served mask equals learn.predict's, pixel for pixel" in printed
-    answer = json.loads((tmp_path / "sample_output.txt").read_text())
+    return json.loads((folder / "sample_output.txt").read_text())
+
+
+def test_notebooks_02_and_03_take_four_classes_and_normalization(tmp_path):
+    """As a learner that `fine_tune` makes from ImageNet weights, at another size than the tutorial's."""
+    from fastai.vision.all import Normalize, Resize, imagenet_stats
+
+    export_unet(tmp_path, 4, Normalize.from_stats(*imagenet_stats), Resize((72, 88), method="squish"))
+    answer = check_02_and_03(tmp_path)
+    assert read_config(tmp_path).mean and read_config(tmp_path).std
     assert answer["names"] == ["part 0", "part 1", "part 2", "part 3"] and answer["shape"] == [72, 88]
 
 
-def test_notebooks_02_and_03_take_a_learner_that_normalizes_and_keeps_the_size_of_photos(tmp_path):
-    """As `fine_tune` from ImageNet weights makes it, and as in the first chapter of fastai's book: without a Resize."""
-    from fastai.vision.all import Normalize, imagenet_stats
-
-    export_unet(tmp_path, 12, batch_tfms=Normalize.from_stats(*imagenet_stats))
-    printed = run_notebooks("02", "03", into=tmp_path, STORE=tmp_path, RESULTS=tmp_path, DATA=tmp_path / "scenes")
-    assert "masks equal: 3 of 3 images" in printed
-    assert "the served mask equals learn.predict's, pixel for pixel" in printed
-    assert read_config(tmp_path).mean and not read_config(tmp_path).resize
-    assert json.loads((tmp_path / "sample_output.txt").read_text())["shape"] == [480, 640]
+@pytest.mark.soak
+def test_notebooks_02_and_03_take_a_learner_without_a_resize(tmp_path):
+    """As in the first chapter of fastai's book; its mask has the sample's own size."""
+    export_unet(tmp_path, 12)
+    assert check_02_and_03(tmp_path)["shape"] == [480, 640]
 
 
 def test_notebook_02_sends_a_classifier_to_05_which_takes_a_file(tmp_path, monkeypatch):
