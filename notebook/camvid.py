@@ -197,17 +197,17 @@ def split_files(path: Path) -> tuple[list[Path], list[Path]]:
 
 
 def sample_truth(codes: Sequence[str]) -> dict[str, np.ndarray]:
-    """The true mask of the tutorial's sample, as "truth" for `show_segmentation`: uint8 (480, 640, 3), RGB.
+    """The true mask of the tutorial's sample, as "truth" for `show_segmentation`, beside masks of the classes `codes`.
 
-    It is drawn in the colors of its own classes, which bear the same names in each CamVid. It is left out, and the
-    dictionary empty, for a learner that knows none of them by name.
+    It is (480, 640) of class indices where `codes` are those of the scenes. Where only some names are the same, as in
+    CamVid of 32 classes, it is (480, 640, 3) of colors, which go by name. Where none is, the dictionary is empty.
     """
     from deployment.answers import palette
 
-    if not set(codes) & set(scenes.CODES):
-        return {}
-    mask = Image.open(label_of(SAMPLE, SAMPLE.parent))
-    return {"truth": palette(list(scenes.CODES))[np.asarray(mask)]}
+    mask = np.asarray(Image.open(label_of(SAMPLE, SAMPLE.parent)))
+    if list(codes) == list(scenes.CODES):
+        return {"truth": mask}
+    return {"truth": palette(list(scenes.CODES))[mask]} if set(codes) & set(scenes.CODES) else {}
 
 
 def show_segmentation(
