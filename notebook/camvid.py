@@ -231,7 +231,7 @@ def show_segmentation(
     colors = palette(list(codes))
     shown = sorted({int(i) for picture in pictures.values() if picture.ndim == 2 for i in np.unique(picture)})
     n = len(pictures)
-    fig, axes = plt.subplots(1, n, figsize=(3.6 * n, 3.4), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(1, n, figsize=(3.6 * n, 3.6), squeeze=False, layout="constrained")
     for (title, picture), ax in zip(pictures.items(), axes.flat, strict=True):
         ax.imshow(colors[picture] if picture.ndim == 2 else picture, interpolation="nearest")
         ax.set_axis_off()
