@@ -5,6 +5,7 @@ Everything here reads CamVid's layout, which deployment/export/dataset.py descri
 
 import hashlib
 import itertools
+import math
 import os
 import shutil
 import tempfile
@@ -22,6 +23,7 @@ from deployment.export.dataset import label_of, list_photos, split_photos
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = (96, 128)  # what the model sees: height, width
 N_TRAIN, N_VALID = 120, 30  # how many scenes there are
+SAMPLE = ROOT / "sample" / "street_view_of_a_small_neighborhood.png"
 SAMPLE_SEED = 201_521
 
 # The folder is named after the code that draws it: when the code changes, the scenes are drawn again.
@@ -103,7 +105,7 @@ def draw_sample(folder: Path) -> Path:
     Returns:
         The photo, `folder`/street_view_of_a_small_neighborhood.png; the mask's name ends in `_P.png`.
     """
-    path = folder / "street_view_of_a_small_neighborhood.png"
+    path = folder / SAMPLE.name
     for picture, target in zip(scenes.draw_scene(SAMPLE_SEED, (480, 640)), (path, label_of(path, folder)), strict=True):
         if target.exists() and np.array_equal(np.array(Image.open(target)), np.array(picture)):
             continue  # another Pillow may pack the same pixels into other bytes
@@ -194,6 +196,20 @@ def split_files(path: Path) -> tuple[list[Path], list[Path]]:
 # --- what the reader sees ---
 
 
+def sample_truth(codes: Sequence[str]) -> dict[str, np.ndarray]:
+    """The true mask of the tutorial's sample, as "truth" for `show_segmentation`, beside masks of the classes `codes`.
+
+    It is (480, 640) of class indices where `codes` are those of the scenes. Where only some names are the same, as in
+    CamVid of 32 classes, it is (480, 640, 3) of colors, which go by name. Where none is, the dictionary is empty.
+    """
+    from deployment.answers import palette
+
+    mask = np.asarray(Image.open(label_of(SAMPLE, SAMPLE.parent)))
+    if list(codes) == list(scenes.CODES):
+        return {"truth": mask}
+    return {"truth": palette(list(scenes.CODES))[mask]} if set(codes) & set(scenes.CODES) else {}
+
+
 def show_segmentation(
     photo: Image.Image | None,
     masks: Mapping[str, np.ndarray | Image.Image],
@@ -215,13 +231,15 @@ def show_segmentation(
     colors = palette(list(codes))
     shown = sorted({int(i) for picture in pictures.values() if picture.ndim == 2 for i in np.unique(picture)})
     n = len(pictures)
-    fig, axes = plt.subplots(1, n, figsize=(3.6 * n, 2.8), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(1, n, figsize=(3.6 * n, 3.6), squeeze=False, layout="constrained")
     for (title, picture), ax in zip(pictures.items(), axes.flat, strict=True):
         ax.imshow(colors[picture] if picture.ndim == 2 else picture, interpolation="nearest")
         ax.set_axis_off()
         ax.set_title(title)
     patches = [Patch(color=colors[i] / 255, label=codes[i]) for i in shown]
-    fig.legend(handles=patches, loc="outside lower center", ncols=min(len(shown), 3 * n), frameon=False, fontsize=8)
+    rows = math.ceil(len(shown) / (3 * n)) or 1
+    columns = math.ceil(len(shown) / rows)
+    fig.legend(handles=patches, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
     if file:
         part = file.with_suffix(".part")
         fig.savefig(part, format="png")

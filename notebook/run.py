@@ -85,7 +85,7 @@ def check(parameters: dict[str, str | int]) -> None:
     """What would fail minutes later otherwise.
 
     Raises:
-        ValueError: DATA is no data set and no folder, EPOCHS is no number, or no U-Net can be made of ARCH.
+        ValueError: DATA is no data set and no folder, LEARNER no file, EPOCHS no number, or ARCH makes no U-Net.
     """
     sys.path.insert(0, str(HERE.parent))
     data = str(parameters.get("DATA", DATA_SETS[0]))
@@ -95,6 +95,8 @@ def check(parameters: dict[str, str | int]) -> None:
         folders = [path.name for path in Path(data).parent.glob("*") if path.is_dir()]
         meant = near(data, DATA_SETS) or near(Path(data).name, folders) or f": give {', '.join(DATA_SETS)} or a folder"
         raise ValueError(f"DATA={data}: there is no such folder{meant}")
+    if (learner := parameters.get("LEARNER")) and not Path(str(learner)).is_file():
+        raise ValueError(f"LEARNER={learner}: there is no such file")
     epochs = parameters.get("EPOCHS", 1)
     if not isinstance(epochs, int) or epochs < 1:
         raise ValueError(f"EPOCHS={epochs}: give a whole number, 1 or more")
@@ -177,9 +179,9 @@ def main() -> None:
         check(parameters)
     except ValueError as e:
         sys.exit(f"error: {e}")
-    data = str(parameters.get("DATA", ""))
-    if os.path.isdir(data):  # the kernel runs in notebook/
-        parameters["DATA"] = os.path.relpath(data, HERE)
+    for name in ("DATA", "STORE", "LEARNER", "PHOTO"):  # paths from here; the kernel runs in notebook/
+        if os.path.exists(path := str(parameters.get(name, ""))):
+            parameters[name] = os.path.relpath(path, HERE)
     for number in args.numbers:
         (notebook,) = HERE.glob(f"{number}_*.ipynb")
         with tempfile.TemporaryDirectory() as scratch:

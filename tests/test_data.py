@@ -15,6 +15,7 @@ from PIL import Image
 
 import camvid
 from camvid import DataError, get_data, split_files
+from deployment.answers import palette
 from deployment.export.dataset import label_of, list_photos
 from scenes import CODES, draw_scene
 
@@ -168,6 +169,14 @@ def test_the_sample_is_the_one_that_is_committed_and_in_no_data_set(tmp_path):
 
 def spoil_mask(folder, array, name="03"):
     Image.fromarray(array).save(folder / "labels" / f"{name}_P.png")
+
+
+def test_the_samples_truth_goes_by_names():
+    truth = camvid.sample_truth(CODES)["truth"]
+    assert truth.shape == (480, 640) and set(np.unique(truth)) <= set(range(len(CODES)))
+    colors = camvid.sample_truth(["Animal", "Sky", "Wall"])["truth"]
+    assert np.array_equal(colors, palette(list(CODES))[truth])
+    assert camvid.sample_truth(["meadow", "pond"]) == {}
 
 
 def test_a_sound_folder_passes(folder):
