@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 from pyarrow.fs import FileSystem
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 from ray.util.annotations import RayDeprecationWarning
 
 from .handler import Handler
@@ -25,6 +25,8 @@ from .runtime import cores
 
 BLOCK_BYTES, BLOCK_FILES = 8 * 2**20, 32  # at most, of files that travel together
 ALONE = {"max_concurrent_calls_per_actor": 1, "max_tasks_in_flight_per_actor": 1}  # what ends an actor ends no other
+# A command in front of another, which PR_SET_PDEATHSIG (1) lets end by SIGKILL (9) when its parent has ended.
+BOUND = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.argv[1], sys.argv[1:])"
 FAILED_BLOCKS = 100  # after so many that could not be read or computed the run gives up
 
 
@@ -71,6 +73,18 @@ def keep_terminal_clean() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
+def bind_agents_to_raylet() -> None:
+    """Linux kills Ray's two agents as it kills the raylet, their parent, once the process that started Ray is gone.
+
+    By themselves they see within two seconds that the raylet is gone, but try for 60 s more to tell the cluster's head
+    (`report_raylet_error_logs` in ray/_private/process_watcher.py), which is gone, too. Elsewhere Ray has a reaper.
+    """
+    if sys.platform == "linux":
+        command = services._build_python_executable_command_memory_profileable
+        bound = [sys.executable, "-c", BOUND]
+        services._build_python_executable_command_memory_profileable = lambda *of, **how: [*bound, *command(*of, **how)]
+
+
 def start_ray(address: str | None) -> tuple[int, int]:
     """Connect to the cluster at `address`, else start Ray here; returns how many actors, and the cores of each."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -81,6 +95,7 @@ def start_ray(address: str | None) -> tuple[int, int]:
         ray_constants.ENABLE_RAY_CLUSTER = False
         os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
         os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
+        bind_agents_to_raylet()
     ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **({} if address else here))
     settings = ray.data.DataContext.get_current()
     settings.enable_progress_bars, settings.target_max_block_size = False, BLOCK_BYTES
