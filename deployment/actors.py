@@ -80,13 +80,20 @@ def bind_agents_to_raylet() -> None:
     (`report_raylet_error_logs` in ray/_private/process_watcher.py), which is gone, too. Elsewhere Ray has a reaper.
     """
     if sys.platform == "linux":
-        command = services._build_python_executable_command_memory_profileable
-        bound = [sys.executable, "-c", BOUND]
-        services._build_python_executable_command_memory_profileable = lambda *of, **how: [*bound, *command(*of, **how)]
+        python = services._build_python_executable_command_memory_profileable
+
+        def bound(component: str, session_dir: str, unbuffered: bool = True) -> list[str]:
+            return [sys.executable, "-c", BOUND, *python(component, session_dir, unbuffered)]
+
+        services._build_python_executable_command_memory_profileable = bound
 
 
 def start_ray(address: str | None) -> tuple[int, int]:
-    """Connect to the cluster at `address`, else start Ray here; returns how many actors, and the cores of each."""
+    """Connect to the cluster at `address`, else start Ray here; returns how many actors, and the cores of each.
+
+    Raises:
+        RuntimeError: the cluster has no machine that computes.
+    """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     here: dict[str, Any] = {"num_cpus": cores(), "object_store_memory": max(memory_limit() // 8, 100 * 2**20)}
     if not address:
@@ -101,7 +108,9 @@ def start_ray(address: str | None) -> tuple[int, int]:
     settings.enable_progress_bars, settings.target_max_block_size = False, BLOCK_BYTES
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are rows, or end the run
     machines = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    threads = min(n for n in machines if n)
+    threads = min((n for n in machines if n), default=0)
+    if not threads:
+        raise RuntimeError(f"no machine of the cluster {address} has a CPU for Ray yet")
     return sum(n // threads for n in machines), threads
 
 

@@ -288,15 +288,23 @@ def test_holds_what_serving_needs_and_no_more(image, kind, container):
 
 
 # What KubeRay does with deployment/kuberay.yaml, on one machine: a head that computes nothing, a worker, and the job,
-# which it submits through the dashboard. The ports of the head: of the cluster, of the dashboard, and of the agent.
+# which it submits through the dashboard once both are well. The ports: of the cluster, of the dashboard, of two agents.
 CLUSTER = """
-ray start --head --node-ip-address=127.0.0.1 --port={0} --dashboard-port={1} --dashboard-agent-listen-port={2} \\
-    --num-cpus=0 --disable-usage-stats
-ray start --address=127.0.0.1:{0} --node-ip-address=127.0.0.1 --num-cpus=2 --disable-usage-stats
-wget -q -T 10 -O - http://127.0.0.1:{2}/api/local_raylet_healthz
+well() {{
+    until wget -q -T 10 -O - http://127.0.0.1:$1/api/local_raylet_healthz; do kill -0 $2 || exit 9; sleep 1; done
+}}
+ray start --block --head --node-ip-address=127.0.0.1 --port={0} --num-cpus=0 --disable-usage-stats \\
+    --dashboard-port={1} --dashboard-agent-listen-port={2} &
+head=$!
+well {2} $head
+ray start --block --address=127.0.0.1:{0} --node-ip-address=127.0.0.1 --num-cpus=2 --disable-usage-stats \\
+    --dashboard-agent-listen-port={3} &
+worker=$!
+well {3} $worker
 ray job submit --address=http://127.0.0.1:{1} -- {command}
 status=$?
-ray stop --grace-period=20
+kill $worker $head
+wait
 exit $status
 """
 
@@ -317,7 +325,7 @@ def test_the_image_of_bulk_is_a_node_of_ray(converted, tmp_path):
     out.chmod(0o777)  # the container's user is not this one
     entrypoint = yaml.safe_load((ROOT / "deployment/kuberay.yaml").read_text())["spec"]["entrypoint"]
     entrypoint = entrypoint.replace("gs://BUCKET/photos", "/photos").replace("gs://BUCKET/answers", "/out/cluster")
-    cluster = CLUSTER.format(*free_ports(3), command=entrypoint)
+    cluster = CLUSTER.format(*free_ports(4), command=entrypoint)
     name = buildah("from", IMAGE).strip()
     try:
         for command in (["python", "-m", "deployment.bulk", "/photos", "--out=/out/alone"], ["sh", "-c", cluster]):
