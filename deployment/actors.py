@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 from pyarrow.fs import FileSystem
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 from ray.util.annotations import RayDeprecationWarning
 
 from .handler import Handler
@@ -25,6 +25,8 @@ from .runtime import cores
 
 BLOCK_BYTES, BLOCK_FILES = 8 * 2**20, 32  # at most, of files that travel together
 ALONE = {"max_concurrent_calls_per_actor": 1, "max_tasks_in_flight_per_actor": 1}  # what ends an actor ends no other
+# A command in front of another, which PR_SET_PDEATHSIG (1) lets end by SIGKILL (9) when its parent has ended.
+BOUND = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.argv[1], sys.argv[1:])"
 FAILED_BLOCKS = 100  # after so many that could not be read or computed the run gives up
 
 
@@ -71,8 +73,27 @@ def keep_terminal_clean() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
+def bind_agents_to_raylet() -> None:
+    """Linux kills Ray's two agents as it kills the raylet, their parent, once the process that started Ray is gone.
+
+    By themselves they see within two seconds that the raylet is gone, but try for 60 s more to tell the cluster's head
+    (`report_raylet_error_logs` in ray/_private/process_watcher.py), which is gone, too. Elsewhere Ray has a reaper.
+    """
+    if sys.platform == "linux":
+        python = services._build_python_executable_command_memory_profileable
+
+        def bound(component: str, session_dir: str, unbuffered: bool = True) -> list[str]:
+            return [sys.executable, "-c", BOUND, *python(component, session_dir, unbuffered)]
+
+        services._build_python_executable_command_memory_profileable = bound
+
+
 def start_ray(address: str | None) -> tuple[int, int]:
-    """Connect to the cluster at `address`, else start Ray here; returns how many actors, and the cores of each."""
+    """Connect to the cluster at `address`, else start Ray here; returns how many actors, and the cores of each.
+
+    Raises:
+        RuntimeError: the cluster has no machine that computes.
+    """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     here: dict[str, Any] = {"num_cpus": cores(), "object_store_memory": max(memory_limit() // 8, 100 * 2**20)}
     if not address:
@@ -81,12 +102,15 @@ def start_ray(address: str | None) -> tuple[int, int]:
         ray_constants.ENABLE_RAY_CLUSTER = False
         os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
         os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
+        bind_agents_to_raylet()
     ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **({} if address else here))
     settings = ray.data.DataContext.get_current()
     settings.enable_progress_bars, settings.target_max_block_size = False, BLOCK_BYTES
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are rows, or end the run
     machines = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    threads = min(n for n in machines if n)
+    threads = min((n for n in machines if n), default=0)
+    if not threads:
+        raise RuntimeError(f"no machine of the cluster {address} has a CPU for Ray yet")
     return sum(n // threads for n in machines), threads
 
 

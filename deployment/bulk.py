@@ -2,8 +2,7 @@
 
 Ray reads the files, actors answer them (see `actors`), and this process writes the answers (see `tables`). What OUT
 holds is not computed again. Without --address Ray runs on this machine alone, listens on loopback, and ends with this
-process; where that is killed, parts of Ray end later. The exit status is 1 where an image has an error, and 2 where
-nothing could be computed.
+process, however that ends. The exit status is 1 where an image has an error, and 2 where nothing could be computed.
 """
 
 import argparse

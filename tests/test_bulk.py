@@ -150,7 +150,6 @@ def test_every_file_gets_a_row_and_the_servers_mask(archive, tmp_path):
     assert other.stderr == f"error: {out} has answers of another archive or other options: choose another --out\n"
 
 
-@pytest.mark.soak  # two of Ray's agents outlive a SIGKILL of the command by more than a minute: this fails there
 def test_a_killed_run_goes_on_and_leaves_nothing_behind(archive, tmp_path):
     photos, out = draw(tmp_path / "photos", 150, 3), tmp_path / "out"
     process = start(photos, archive, out)

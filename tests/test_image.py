@@ -18,9 +18,12 @@ import numpy as np
 import psutil
 import pytest
 import requests
+import yaml
+from conftest import draw_photo, encoded
 from gcp_storage_emulator.server import create_server as create_storage_emulator
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import storage
+from pyarrow import dataset
 
 from deployment.archive import make_archive
 from deployment.config import read_config
@@ -82,6 +85,17 @@ def expected(kind, stores, request):
 @pytest.fixture(scope="module")
 def image(kind, stores, tmp_path_factory) -> dict:
     """The configuration of the image `kind`, once it is built with version 1 of the model in it."""
+    size, config = build(
+        tmp_path_factory.mktemp("context"),
+        stores["1"] / "fastunet.mar",
+        "RUNTIME=openvino" if kind == "openvino" else f"SERVER={kind}",
+    )
+    assert size < 500e6 or kind != "openvino"
+    return config
+
+
+def build(context: Path, archive: Path, *chosen: str) -> tuple[int, dict]:
+    """Build the image with `archive` in it, of a copy of the repository in `context`; its size and configuration."""
     missing = [tool for tool in ("buildah", "debootstrap") if not shutil.which(tool)]
     if missing or os.geteuid() != 0:
         pytest.fail(
@@ -90,24 +104,22 @@ def image(kind, stores, tmp_path_factory) -> dict:
         )
     if not buildah("images", "--quiet", "--filter", f"reference={BASE}"):
         make_base()
-    context = tmp_path_factory.mktemp("context")
     for name in ("Dockerfile", ".dockerignore", "constraints.txt", "torch-builds.txt"):
         shutil.copy(ROOT / name, context)
     shutil.copytree(ROOT / "deployment", context / "deployment")
     shutil.copytree(ROOT / "notebook", context / "notebook")  # must not get in
     (context / "model_store").mkdir()
-    shutil.copy(stores["1"] / "fastunet.mar", context / "model_store")
+    shutil.copy(archive, context / "model_store")
     secrets = [f"--secret=id={id},src={os.environ[name]}" for id, name in SECRETS.items() if os.environ.get(name)]
-    chosen = "RUNTIME=openvino" if kind == "openvino" else f"SERVER={kind}"
+    arguments = [f"--build-arg={argument}" for argument in (f"BASE={BASE}", *chosen)]
     start = time.monotonic()
     subprocess.run(
-        [*BUILDAH, "bud", "--isolation=chroot", "--format=docker", "--layers", f"--build-arg=BASE={BASE}",
-         f"--build-arg={chosen}", *secrets, "--tag", IMAGE, context], check=True,
+        [*BUILDAH, "bud", "--isolation=chroot", "--format=docker", "--layers", *arguments, *secrets, "--tag", IMAGE,
+         context], check=True,
     )  # fmt: skip
-    print(f"\n{kind}: built in {time.monotonic() - start:.0f} s")
+    print(f"\n{' '.join(chosen)}: built in {time.monotonic() - start:.0f} s")
     size = print_layers()
-    assert size < 500e6 or kind != "openvino"
-    return json.loads(buildah("inspect", "--type=image", IMAGE))["Docker"]["config"]
+    return size, json.loads(buildah("inspect", "--type=image", IMAGE))["Docker"]["config"]
 
 
 def make_base() -> None:
@@ -273,3 +285,60 @@ def test_holds_what_serving_needs_and_no_more(image, kind, container):
         assert not programs & {"gcc", "cc", "g++", "clang", "make", "nvcc"}
     finally:
         buildah("rm", name)
+
+
+# What KubeRay does with deployment/kuberay.yaml, on one machine: a head that computes nothing, a worker, and the job,
+# which it submits through the dashboard once both are well. The ports: of the cluster, of the dashboard, of two agents.
+CLUSTER = """
+well() {{
+    until wget -q -T 10 -O - http://127.0.0.1:$1/api/local_raylet_healthz; do kill -0 $2 || exit 9; sleep 1; done
+}}
+ray start --block --head --node-ip-address=127.0.0.1 --port={0} --num-cpus=0 --disable-usage-stats \\
+    --dashboard-port={1} --dashboard-agent-listen-port={2} &
+head=$!
+well {2} $head
+ray start --block --address=127.0.0.1:{0} --node-ip-address=127.0.0.1 --num-cpus=2 --disable-usage-stats \\
+    --dashboard-agent-listen-port={3} &
+worker=$!
+well {3} $worker
+ray job submit --address=http://127.0.0.1:{1} -- {command}
+status=$?
+kill $worker $head
+wait
+exit $status
+"""
+
+
+def test_the_image_of_bulk_is_a_node_of_ray(converted, tmp_path):
+    """`make image RUNTIME=openvino BULK=1`: the command on one machine, and the job of kuberay.yaml on a cluster."""
+    config, store = converted
+    write_config(config, store)
+    make_archive(store)
+    (tmp_path / "context").mkdir()
+    build(tmp_path / "context", store / "fastunet.mar", "RUNTIME=openvino", "BULK=1")
+    pictures, out = tmp_path / "photos", tmp_path / "out"
+    for folder in (pictures, out):
+        folder.mkdir()
+    for i in range(12):
+        (pictures / f"{i}.png").write_bytes(encoded(draw_photo(i)) if i else b"broken")
+    tmp_path.chmod(0o755)
+    out.chmod(0o777)  # the container's user is not this one
+    entrypoint = yaml.safe_load((ROOT / "deployment/kuberay.yaml").read_text())["spec"]["entrypoint"]
+    entrypoint = entrypoint.replace("gs://BUCKET/photos", "/photos").replace("gs://BUCKET/answers", "/out/cluster")
+    cluster = CLUSTER.format(*free_ports(4), command=entrypoint)
+    name = buildah("from", IMAGE).strip()
+    try:
+        for command in (["python", "-m", "deployment.bulk", "/photos", "--out=/out/alone"], ["sh", "-c", cluster]):
+            volumes = [f"--volume={pictures}:/photos:ro", f"--volume={out}:/out"]
+            done = subprocess.run(
+                [*BUILDAH, "run", "--isolation=chroot", *volumes, name, "--", *command],
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )  # fmt: skip
+            print(done.stdout)
+            assert done.returncode == 1 and "1 of 12 images have an error\n" in done.stdout
+    finally:
+        buildah("rm", name)
+    alone, together = (dataset.dataset(out / which).to_table().sort_by("path") for which in ("alone", "cluster"))
+    assert len(alone) == 12 and alone.equals(together)
+    masks = [mask for mask in alone["png"].to_pylist() if mask]
+    assert len(set(masks)) == 11
