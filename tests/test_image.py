@@ -328,7 +328,7 @@ def test_the_image_of_bulk_is_a_node_of_ray(converted, tmp_path):
     cluster = CLUSTER.format(*free_ports(4), command=entrypoint)
     name = buildah("from", IMAGE).strip()
     try:
-        for command in (["python", "-m", "deployment.bulk", "/photos", "--out=/out/alone"], ["sh", "-c", cluster]):
+        for command in (["sh", "-c", cluster], ["python", "-m", "deployment.bulk", "/photos", "--out=/out/alone"]):
             volumes = [f"--volume={pictures}:/photos:ro", f"--volume={out}:/out"]
             done = subprocess.run(
                 [*BUILDAH, "run", "--isolation=chroot", *volumes, name, "--", *command],
