@@ -77,7 +77,7 @@ def bind_agents_to_raylet() -> None:
     """Linux kills Ray's two agents as it kills the raylet, their parent, once the process that started Ray is gone.
 
     By themselves they see within two seconds that the raylet is gone, but try for 60 s more to tell the cluster's head
-    (`report_raylet_error_logs` in ray/_private/process_watcher.py), which is gone, too. Elsewhere Ray has a reaper.
+    (`report_raylet_error_logs` in ray/_private/process_watcher.py), which is gone, too. On macOS Ray has a reaper.
     """
     if sys.platform == "linux":
         python = services._build_python_executable_command_memory_profileable

@@ -290,6 +290,7 @@ def test_holds_what_serving_needs_and_no_more(image, kind, container):
 # What KubeRay does with deployment/kuberay.yaml, on one machine: a head that computes nothing, a worker, and the job,
 # which it submits through the dashboard once both are well. The ports: of the cluster, of the dashboard, of two agents.
 CLUSTER = """
+trap 'kill $worker $head; wait' EXIT
 well() {{
     until wget -q -T 10 -O - http://127.0.0.1:$1/api/local_raylet_healthz; do kill -0 $2 || exit 9; sleep 1; done
 }}
@@ -302,10 +303,6 @@ ray start --block --address=127.0.0.1:{0} --node-ip-address=127.0.0.1 --num-cpus
 worker=$!
 well {3} $worker
 ray job submit --address=http://127.0.0.1:{1} -- {command}
-status=$?
-kill $worker $head
-wait
-exit $status
 """
 
 
@@ -328,7 +325,7 @@ def test_the_image_of_bulk_is_a_node_of_ray(converted, tmp_path):
     cluster = CLUSTER.format(*free_ports(4), command=entrypoint)
     name = buildah("from", IMAGE).strip()
     try:
-        for command in (["python", "-m", "deployment.bulk", "/photos", "--out=/out/alone"], ["sh", "-c", cluster]):
+        for command in (["sh", "-c", cluster], ["python", "-m", "deployment.bulk", "/photos", "--out=/out/alone"]):
             volumes = [f"--volume={pictures}:/photos:ro", f"--volume={out}:/out"]
             done = subprocess.run(
                 [*BUILDAH, "run", "--isolation=chroot", *volumes, name, "--", *command],
