@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 PYTHON = ROOT / ".venv-page" / "bin" / "python"
 CHROMIUM = shutil.which("chromium")
 SAMPLE = ROOT / "sample" / "street_view_of_a_small_neighborhood.png"
-SIZE = {"width": 1200, "height": 1060}
+SIZE = {"width": 1200, "height": 1005}
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(not CHROMIUM or not PYTHON.exists(), reason="needs chromium on the PATH, and `make page-test`"),
@@ -159,7 +159,7 @@ def test_it_opens_in_the_browser_and_ends_quietly(tmp_path):
 def test_the_form_names_the_colors_and_shows_shares_before_the_mask(browser, model_store, tmp_path):
     ports = dict(zip(("port", "metrics_port"), free_ports(2), strict=True))
     with uvicorn(model_store, tmp_path, **ports) as url:
-        form = {"files": {"data": SAMPLE.read_bytes()}}
+        form = {"files": {"data": SAMPLE.read_bytes()}, "data": {"size": "original"}}  # what the page asks for first
         answer = httpx.post(f"{url}/predictions/fastunet", **form, timeout=60, trust_env=False).json()
         tab = browser.new_page()
         tab.goto(url)
