@@ -61,8 +61,13 @@ def busy(message: str = "too many requests: try again in a second") -> Rejected:
 
 
 def rejection(error: Exception) -> Rejected:
-    """What the client hears of `error`: 507 where memory ran out, 500 for what is not a `Rejected` already."""
+    """What the client hears of `error`: 507 where memory ran out, 500 for what is not a `Rejected` already.
+
+    A `Rejected` comes back without its stack and context, whose frames hold the image that is to hold the error: Python
+    would clear away such a circle only after thousands of requests. A `__cause__` keeps its own, for the log.
+    """
     if isinstance(error, Rejected):
+        error.__traceback__ = error.__context__ = None
         return error
     if out_of_memory(error):
         return Rejected(HTTPStatus.INSUFFICIENT_STORAGE, "OutOfMemory", "not enough memory for this photo")

@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import gc
 import io
 import json
 import logging
@@ -422,6 +423,25 @@ def test_free_memory_goes_back_after_every_hundred_batches(worker, monkeypatch):
     for _ in range(2 * deployment.handler.TRIM_EVERY):
         ask(worker, b"no image")
     assert len(given) == 2
+
+
+def test_a_refused_image_leaves_nothing_for_the_garbage_collector(worker, photo):
+    """An error whose stack holds the image that holds the error would stay for thousands of requests."""
+    bad = [photo[:300], photo[:2000], b"no photo", b'{"instances": [{"b64": "?"}]}', b"{", form(photo, size="x")]
+    ask(worker, photo, *bad)  # what is made once
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        assert {status for status, _ in ask(worker, *bad)} == {400}
+        ask(worker, photo)
+        gc.collect()
+        left = [kind for kind in map(type, gc.garbage) if kind.__module__.startswith("deployment")]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert left == []
 
 
 def test_a_few_images_are_decoded_beside_many(worker, monkeypatch):
