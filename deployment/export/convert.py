@@ -36,13 +36,11 @@ def convert(
 ) -> Config:
     """Write the model of `config` and `folder` for OpenVINO: fastunet.xml and fastunet.bin beside it.
 
-    `calibrate` is a folder of photos, with labels as `accuracy` says. int8 is calibrated on the training photos, and
-    what comes out is measured on the others: with labels it may lose `max_drop` points of accuracy (of masks also of
-    mean IoU), without labels 98 % of the answers must stay. int8 that does not is tried again more carefully: with the
-    last layers in float too, then, with labels, under NNCF's accuracy control.
-
-    With `decode` fast, large JPEGs are decoded at a fraction of their size: see `photos.Preprocessor.decode`. What that
-    costs together with the conversion is measured on the same photos, against the same limits.
+    `calibrate` is a folder of photos, with labels as `accuracy` says: int8 is calibrated on those to train on, and
+    measured on the others. With labels it may lose `max_drop` points of accuracy (of masks also of mean IoU), without
+    them 98 % of the answers must stay; else the last layers stay float too, then, with labels, NNCF controls the
+    accuracy. With `decode` fast, large JPEGs are decoded smaller (see `photos.Preprocessor.decode`),
+    which is measured on the same photos, against the same limits.
 
     Returns:
         `config` with the new runtime and precision, and with what was measured as `accuracy`.
