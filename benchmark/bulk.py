@@ -25,7 +25,7 @@ from deployment.runtime import cores
 
 ROUNDS = 2
 RESULTS = HERE / "bulk_results.json"  # of the last whole run, for benchmark.cost
-FILES = {"small": 750, "12 megapixels": 100}  # some six minutes on two cores
+FILES = {"small": 750, "12 megapixels": 100}  # some nine minutes on two slow cores
 
 
 def answer_in_process(folder: Path, store: Path) -> None:
