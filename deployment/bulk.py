@@ -1,6 +1,6 @@
 """A folder or a bucket of images through the handler, on Ray Data: `python -m deployment.bulk PHOTOS --out OUT`.
 
-Ray reads the files, actors answer them (see `actors`), and this process writes the answers (see `tables`). What OUT
+Ray's actors read the files and answer them (see `actors`), and this process writes the answers (see `tables`). What OUT
 holds is not computed again. Without --address Ray runs on this machine alone, listens on loopback, and ends with this
 process, however that ends. The exit status is 1 where an image has an error, and 2 where nothing could be computed.
 """
@@ -21,7 +21,7 @@ except ImportError as missing:
     sys.exit(2)
 
 from . import tables
-from .actors import compute, keep_terminal_clean, start_ray
+from .actors import blocks_of, compute, keep_terminal_clean, start_ray
 from .archive import find_archive
 from .config import read_config
 from .protocol import SIZES, Rejected, read_options
@@ -71,14 +71,13 @@ def run(options: argparse.Namespace) -> tables.Output:
         return output
     schema = tables.schema_of(task, parameters.get("format", ""))
     actors, threads = start_ray(options.address)
-    settings = (actors, threads, [ray.put(data)], parameters, prefix, schema)
+    settings = (actors, threads, files, [ray.put(data)], parameters, prefix, schema)
     output.start(len(output.paths) + len(left))
     try:
-        for table in compute(left, files, True, *settings):
+        for table in compute(blocks_of(left), False, *settings):
             output.add(table)
-        missing = [path for path in left if prefix + path not in output.paths]  # of blocks that failed
-        there = {info.path: info.size for info in files.get_file_info(missing) if info.is_file}
-        for table in compute(there, files, False, *settings) if there else ():
+        missing = [path for path in left if prefix + path not in output.paths]  # unreadable, or of a block that failed
+        for table in compute([[path] for path in missing], True, *settings) if missing else ():
             output.add(table)
         lost = [prefix + path for path in missing if prefix + path not in output.paths]
         if len(lost) == len(left):

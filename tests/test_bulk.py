@@ -25,7 +25,7 @@ from google.cloud import storage
 from pyarrow import dataset, fs, parquet
 from ray._private import ray_constants
 
-from deployment import answers, bulk, tables
+from deployment import actors, answers, bulk, tables
 from deployment.archive import make_archive
 from deployment.config import Config
 from deployment.export import write_config
@@ -404,6 +404,13 @@ def test_wrong_use_gets_one_line(archive, tmp_path, capsys):
         said = capsys.readouterr().err
         assert exit.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1 and message in said
     assert not ray.is_initialized()
+
+
+def test_a_block_holds_as_many_files_as_it_may():
+    sizes = {f"{i}": 1000 for i in range(40)} | {"big": 2**40, "a": 20 * 2**20, "b": 12 * 2**20, "c": 1}
+    blocks = actors.blocks_of(sizes)
+    assert [len(block) for block in blocks] == [32, 8, 1, 2, 1]
+    assert [path for block in blocks for path in block] == list(sizes)
 
 
 def test_addresses_of_buckets():
