@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 CODE = ("answers.py", "config.py", "geometry.py", "memory.py", "photos.py", "protocol.py")
 CODE += ("runtime/__init__.py", "runtime/queue.py")
 RUNTIME_CODE = {
-    "eager": ("model.py", "runtime/cuda.py", "runtime/pytorch.py"),
+    "eager": ("model.py", "runtime/cuda.py", "runtime/program.py", "runtime/pytorch.py"),
     "openvino": ("runtime/openvino.py",),
 }
 MODEL_FILES = {"eager": (), "openvino": ("fastunet.bin", "fastunet.xml")}  # by runtime; eager has Config.model_file

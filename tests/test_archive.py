@@ -18,7 +18,7 @@ from deployment.export import write_config
 
 COMMON = {"handler.py", "answers.py", "config.py", "geometry.py", "memory.py", "photos.py", "protocol.py"}
 COMMON |= {"runtime/__init__.py", "runtime/queue.py"}
-CODE = COMMON | {"model.py", "runtime/cuda.py", "runtime/pytorch.py"}
+CODE = COMMON | {"model.py", "runtime/cuda.py", "runtime/program.py", "runtime/pytorch.py"}
 CONTENT = CODE | {"fastunet.pth", "model-config.yaml", "MAR-INF/MANIFEST.json"}
 
 

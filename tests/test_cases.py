@@ -23,7 +23,7 @@ from deployment.export import ExportError, export_learner, load_learner
 from deployment.export.learner import on_cpu
 from deployment.export.program import capture_network
 from deployment.handler import Handler
-from deployment.runtime.pytorch import load_program
+from deployment.runtime.program import load_program
 
 KINDS = ["bus", "car", "tram"]
 EQUAL = "served equal"  # to `learn.predict(FILE)`

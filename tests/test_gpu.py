@@ -27,7 +27,8 @@ from deployment.export.half import Rounding, half_precision
 from deployment.export.program import capture_network
 from deployment.handler import Handler
 from deployment.runtime import cuda
-from deployment.runtime.pytorch import ServedModel, load_program
+from deployment.runtime.program import load_program
+from deployment.runtime.pytorch import ServedModel
 from deployment.runtime.queue import ImageQueue
 from deployment.server import torchserve
 from deployment.server.app import Application

@@ -7,6 +7,7 @@ a base image that debootstrap makes from Debian's packages, the same ones as in 
 import base64
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -287,10 +288,12 @@ def test_holds_what_serving_needs_and_no_more(image, kind, container):
         buildah("rm", name)
 
 
-# What KubeRay does with deployment/kuberay.yaml, on one machine: a head that computes nothing, a worker, and the job,
-# which it submits through the dashboard once both are well. The ports: of the cluster, of the dashboard, of two agents.
+# What KubeRay does with deployment/kuberay.yaml, on one machine: a token, a head that computes nothing, a worker, and
+# the job, which it submits through the dashboard once both are well. The ports: of the cluster, of the dashboard, of
+# two agents.
 CLUSTER = """
 trap 'kill $worker $head; wait' EXIT
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN={token}
 well() {{
     until wget -q -T 10 -O - http://127.0.0.1:$1/api/local_raylet_healthz; do kill -0 $2 || exit 9; sleep 1; done
 }}
@@ -322,7 +325,7 @@ def test_the_image_of_bulk_is_a_node_of_ray(converted, tmp_path):
     out.chmod(0o777)  # the container's user is not this one
     entrypoint = yaml.safe_load((ROOT / "deployment/kuberay.yaml").read_text())["spec"]["entrypoint"]
     entrypoint = entrypoint.replace("gs://BUCKET/photos", "/photos").replace("gs://BUCKET/answers", "/out/cluster")
-    cluster = CLUSTER.format(*free_ports(4), command=entrypoint)
+    cluster = CLUSTER.format(*free_ports(4), token=secrets.token_hex(32), command=entrypoint)
     name = buildah("from", IMAGE).strip()
     try:
         for command in (["sh", "-c", cluster], ["python", "-m", "deployment.bulk", "/photos", "--out=/out/alone"]):

@@ -36,6 +36,7 @@ def test_fits_the_schema():
         ("num-cpus: '0'", "num-cpus: 0"),
         ("rayVersion: 2.60.0", "rayVersion: 2.6"),
         ("groupName: workers", "name: workers"),
+        ("mode: token", "mode: tokens"),
     ]:
         assert right in text
         with pytest.raises(jsonschema.ValidationError):

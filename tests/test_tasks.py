@@ -30,6 +30,7 @@ from deployment.export.dataset import split_photos
 from deployment.export.half import half_precision
 from deployment.handler import Handler
 from deployment.protocol import Rejected, read_request
+from deployment.runtime.program import load_program
 from deployment.server.torchserve import torchserve
 
 ROOT = Path(__file__).parents[1]
@@ -367,6 +368,23 @@ def test_a_program_that_would_run_code_is_refused(stores, tmp_path):
     path.unlink()
     with pytest.raises(FileNotFoundError):
         Handler().load(tmp_path / "store")
+
+
+def test_a_program_whose_sizes_would_run_code_is_refused(tmp_path):
+    network, image = torch.nn.Upsample(scale_factor=2), torch.zeros(2, 3, 8, 8)
+    free = {axis: torch.export.Dim.DYNAMIC for axis in (0, 2, 3)}
+    torch.export.save(torch.export.export(network, (image,), dynamic_shapes=(free,)), tmp_path / "good.pt2")
+    assert load_program(tmp_path / "good.pt2")(torch.zeros(1, 3, 5, 6)).shape == (1, 3, 10, 12)
+    sprung = tmp_path / "sprung"
+    call = f"open('{sprung}', 'w')"
+    for expression in (call, f"Max({call!r})", f"Add(eval({call!r}))", f"[{call} for i in 's']", f'f"{{{call}}}"'):
+        field = b'"expr_str": ' + json.dumps(expression).encode()
+        with zipfile.ZipFile(tmp_path / "good.pt2") as good, zipfile.ZipFile(tmp_path / "bad.pt2", "w") as bad:
+            for name in good.namelist():
+                bad.writestr(name, re.sub(rb'"expr_str": "[^"]*"', lambda _, field=field: field, good.read(name), count=1))
+        with pytest.raises(ValueError, match="a size that may run code"):
+            load_program(tmp_path / "bad.pt2")
+        assert not sprung.exists()
 
 
 class Trap:

@@ -1,23 +1,20 @@
 """PyTorch: the served model as one module, from an image's pixels to the values of an answer, on a CPU or a GPU."""
 
-import io
-import json
 import logging
 import os
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.export.passes import move_to_device_pass
 
 from ..config import Config
 from ..geometry import middle_of_ratio, sampled_cells, shrink_factor
 from ..model import DynamicUnetDIY
 from ..protocol import bad_image
 from . import RuntimeUnavailable
+from .program import load_program
 from .queue import ImageQueue
 
 logger = logging.getLogger(__name__)
@@ -109,7 +106,7 @@ def load_network(config: Config, folder: Path | str, device: torch.device | str 
 
     Raises:
         FileNotFoundError: the file is missing.
-        ValueError: the program is damaged, or holds what would have to be unpickled.
+        ValueError: the program is damaged, or may run code.
     """
     path = Path(folder, config.model_file)
     if not config.arch:
@@ -119,41 +116,6 @@ def load_network(config: Config, folder: Path | str, device: torch.device | str 
         network = DynamicUnetDIY(config.arch, config.n_classes, config.img_size, **config.options)
     network.load_state_dict(weights, strict=True, assign=True)
     return network.eval()
-
-
-def load_program(path: Path, device: torch.device | str = "cpu") -> nn.Module:
-    """The program at `path` on `device`, as a module of torch's own operations and its tensors: no fastai, no timm.
-
-    It moves there whole: operations that make tensors name their device, which a module's own `to` does not change.
-
-    A program must come from where you trust it. `torch.export.load` opens the pickles that it may hold, which can run
-    any code: those that are more than tensors are refused here, by `weights_only`, before. But it also reads the sizes
-    of the tensors as Python expressions, and nobody looks at these.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or holds pickles of more than tensors.
-    """
-    try:
-        with zipfile.ZipFile(path) as file:
-            entries = {entry: entry.filename.rpartition("/")[2] for entry in file.infolist()}
-            configs = [json.loads(file.read(entry)) for entry, name in entries.items() if name.endswith("_config.json")]
-            payloads = [payload for config in configs for payload in config["config"].values()]
-            pickled = {payload["path_name"] for payload in payloads if payload["use_pickle"]}
-            for entry, name in entries.items():
-                if entry.file_size and (name.endswith(".pt") or name in pickled):
-                    torch.load(io.BytesIO(file.read(entry)), weights_only=True)
-        program = torch.export.load(path)
-        if torch.device(device).type != "cpu":
-            program = move_to_device_pass(program, str(device))
-        module = program.module(check_guards=False).requires_grad_(False)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # of a damaged file: any
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} cannot be loaded as a program of torch.export: {reason}") from None
-    del module.train, module.eval  # which refuse: a program has no modes, and asking for one does no harm
-    return module
 
 
 class ServedModel(nn.Module):
