@@ -58,8 +58,8 @@ class Answers:
         self.readers, self.threads = ThreadPoolExecutor(BLOCK_FILES), ThreadPoolExecutor(2 * threads)
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """The rows of the files whose `path` is in `block`; those that cannot be read are missing."""
-        paths = block["path"].to_pylist()
+        """The rows of the files whose paths are the one row of `block`; those that cannot be read are missing."""
+        [paths] = block["paths"].to_pylist()
         rows = list(self.threads.map(self.answer, paths, self.readers.map(self.read, paths)))
         if self.handler.broken:
             raise RuntimeError("the model fails on every image")
@@ -157,7 +157,7 @@ def compute(blocks: list[list[str]], alone: bool, actors: int, threads: int, *se
         ray.exceptions.RayError: not `alone`, and too many blocks failed.
     """
     ray.data.DataContext.get_current().max_errored_blocks = -1 if alone else FAILED_BLOCKS
-    paths = ray.data.from_arrow([pa.table({"path": block}) for block in blocks])
+    paths = ray.data.from_items([{"paths": block} for block in blocks], override_num_blocks=len(blocks))
     calls = ALONE if alone else {"max_concurrent_calls_per_actor": 2, "max_tasks_in_flight_per_actor": 4}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RayDeprecationWarning)  # there is no other way to limit retries yet

@@ -390,6 +390,15 @@ def test_a_program_whose_sizes_would_run_code_is_refused(tmp_path):
         assert not sprung.exists()
 
 
+def test_a_program_with_a_compiled_library_is_refused(stores, tmp_path):
+    path = tmp_path / "fastunet.pt2"
+    shutil.copy(stores[CLASS] / "fastunet.pt2", path)
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr(file.namelist()[0].split("/")[0] + "/data/aotinductor/model/model.so", b"\x7fELF")
+    with pytest.raises(ValueError, match="an entry that a program does not have: .*model.so"):
+        load_program(path)
+
+
 class Trap:
     """Pickles as a call that creates a file."""
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.export.passes import move_to_device_pass
 from torch.utils._sympy import functions
 
+ENTRY = re.compile(r"[^/]+/(models/[^/]+\.json|data/(weights|constants|sample_inputs)/[^/]+|(\.data/)?[^/]+)")
 # What the size of a tensor is made of, beside calls: names, numbers, and names and numbers in quotes.
 PARTS = (ast.Expression, ast.Name, ast.Load, ast.keyword, ast.BinOp, ast.operator, ast.UnaryOp, ast.unaryop)
 QUOTED = re.compile(r"\w+|-?\d+\.\d*(e[+-]?\d+)?", re.ASCII)
@@ -23,15 +24,17 @@ def load_program(path: Path, device: torch.device | str = "cpu") -> nn.Module:
 
     It moves there whole: operations that make tensors name their device, which a module's own `to` does not change.
 
-    `torch.export.load` unpickles what is in the file and evaluates the sizes of tensors as Python (`_parse_sym_expr` in
-    torch/_export/serde/serialize.py), and either could run any code. Here both are looked at before.
+    `torch.export.load` opens pickles, loads libraries that were compiled from a model (`load_pt2` in
+    torch/export/pt2_archive/_package.py), and evaluates the sizes of tensors as Python (`_parse_sym_expr` in
+    torch/_export/serde/serialize.py). Each could run any code; here they are looked at before.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or holds pickles of more than tensors, or sizes that are more than arithmetic.
+        ValueError: it is damaged, or holds a library, pickles of more than tensors, or sizes that are no arithmetic.
     """
     try:
         with zipfile.ZipFile(path) as file:
+            check_entries(file)
             check_pickles(file)
             check_sizes(file)
         program = torch.export.load(path)
@@ -45,6 +48,13 @@ def load_program(path: Path, device: torch.device | str = "cpu") -> nn.Module:
         raise ValueError(f"{path} cannot be loaded as a program of torch.export: {reason}") from None
     del module.train, module.eval  # which refuse: a program has no modes, and asking for one does no harm
     return module
+
+
+def check_entries(file: zipfile.ZipFile) -> None:
+    """Raises ValueError where `file` holds more than `torch.export.save` writes: a compiled library, for example."""
+    for name in file.namelist():
+        if not ENTRY.fullmatch(name):
+            raise ValueError(f"an entry that a program does not have: {name}")
 
 
 def check_pickles(file: zipfile.ZipFile) -> None:
