@@ -15,6 +15,7 @@ import time
 import types
 from pathlib import Path
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch
@@ -510,6 +511,9 @@ class Photo(PILImage): pass
 def opened(path): return PILImage.create(path)
 """
 
+# The trainer's functions by name alone. On Python 3.14 pickle cannot write fastai's annotations.
+PICKLE = pickle if sys.version_info < (3, 14) else cloudpickle
+
 
 @pytest.fixture
 def trainer(tmp_path, monkeypatch):
@@ -532,7 +536,7 @@ def trainer(tmp_path, monkeypatch):
 def test_labelling_and_metrics_need_no_stubs(data, photos, trainer, tmp_path):
     module, forget = trainer
     learner = make(data, label=module.get_y, metrics=module.accuracy)
-    learner.export(tmp_path / "learner.pkl")
+    learner.export(tmp_path / "learner.pkl", pickle_module=PICKLE)
     forget()
     with pytest.raises(ModuleNotFoundError):
         torch.load(tmp_path / "learner.pkl", weights_only=False)
@@ -553,7 +557,7 @@ def test_names_the_symbol_that_serving_needs(part, data, trainer, tmp_path):
         "activation": ({"act_cls": module.Doing}, "Doing"),
         "photos": ({"img_cls": module.Photo}, "Photo"),
     }[part]
-    make(data, **options).export(tmp_path / "learner.pkl")
+    make(data, **options).export(tmp_path / "learner.pkl", pickle_module=PICKLE)
     forget()
     with pytest.raises(ExportError, match=rf"their_code\.{name}.*PYTHONPATH.*export_learner"):
         export_learner(load_learner(tmp_path / "learner.pkl"), tmp_path / "store")
@@ -575,7 +579,7 @@ def test_names_the_opener_that_cannot_be_imported(data, trainer, tmp_path):
     dls = block.dataloaders(sorted(data.glob("?.png")), bs=2, num_workers=0)
     learner = vision_learner(dls, resnet18, pretrained=False, n_out=3)
     learner.dls.valid_ds.tls[1].tfms.fs.clear()
-    learner.export(tmp_path / "learner.pkl")
+    learner.export(tmp_path / "learner.pkl", pickle_module=PICKLE)
     forget()
     with pytest.raises(ExportError, match=r"opening of images.*their_code\.opened.*PYTHONPATH"):
         export_learner(load_learner(tmp_path / "learner.pkl"), tmp_path / "store")
@@ -587,7 +591,7 @@ def test_names_the_package_that_a_callback_lacks(data, tmp_path, monkeypatch):
     callback = importlib.import_module("fastai.callback.wandb").WandbCallback
     learner = make(data)
     learner.cbs.append(callback.__new__(callback))
-    learner.export(tmp_path / "learner.pkl")
+    learner.export(tmp_path / "learner.pkl", pickle_module=PICKLE)
     monkeypatch.delitem(sys.modules, "wandb")
     monkeypatch.delitem(sys.modules, "fastai.callback.wandb")
     with pytest.raises(ExportError, match="WandbCallback.*pip install wandb"):
