@@ -605,7 +605,6 @@ class CodeOfAnotherPython:
         return types.CodeType, (1, 2, 3)
 
 
-@pytest.mark.skipif(sys.version_info >= (3, 14), reason="fastai's annotations are pickled as code, and needed, there")
 def test_code_of_another_python_is_not_built_where_nothing_needs_it(data, tmp_path):
     learner = make(data)
     learner.their_function = CodeOfAnotherPython()

@@ -75,7 +75,8 @@ def open_learner(path: Path | str) -> tuple:
 
     learner, found = load(own_code=False)
     if found.missing and found.same_bytecode():  # the code of the trainer's functions is in the file, and runs here
-        learner, _ = load(own_code=True)
+        with contextlib.suppress(ExportError):  # where it does not, the learner with stand-ins may do
+            learner, _ = load(own_code=True)
     return learner, found
 
 
@@ -109,7 +110,7 @@ def require(thing, what: str) -> None:
     if issubclass(kind, Missing):
         module = kind.symbol.rpartition(".")[0]
         how = "call deployment.export.export_learner(learn, 'model_store') in the program that trained it"
-        if kind.python:
+        if kind.python not in ("", f"{sys.version_info.major}.{sys.version_info.minor}"):
             how = f"export with Python {kind.python}, which pickled its code, or {how}"
         elif package := missing_package(module):
             how = f"pip install {package}, or {how}"
