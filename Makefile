@@ -48,10 +48,10 @@ soak: .venv/installed ## the long tests: attacks, malformed requests by the thou
 page-test: .venv/installed .venv-page/installed ## open the page in a browser and drop photos (Debian: apt install chromium)
 	@$(PY) -m pytest -m browser
 
-image: ## build the serving image with docker or podman: RUNTIME=openvino (small), or TORCH_BACKEND=cu126 (GPU), BULK=1 (Ray) TAG= NAME=
+image: ## build the serving image with docker or podman: RUNTIME=openvino (small), or TORCH_BACKEND=cu126 (GPU), SERVER=uvicorn, BULK=1 (Ray) TAG= NAME=
 	@engine=$$(for e in docker podman; do $$e info >/dev/null 2>&1 && echo $$e && break; done); \
 	if [ -z "$$engine" ]; then echo "error: neither docker nor podman answers here; cloudbuild.yaml builds in the cloud" >&2; exit 1; fi; \
-	BUILDAH_FORMAT=docker $$engine build --build-arg RUNTIME=$(RUNTIME) $(if $(TORCH_BACKEND),--build-arg TORCH_BACKEND=$(TORCH_BACKEND)) $(if $(BULK),--build-arg BULK=1) $(if $(NAME),--build-arg NAME=$(NAME)) --tag $(TAG) .
+	BUILDAH_FORMAT=docker $$engine build --build-arg RUNTIME=$(RUNTIME) --build-arg SERVER=$(SERVER) $(if $(TORCH_BACKEND),--build-arg TORCH_BACKEND=$(TORCH_BACKEND)) $(if $(BULK),--build-arg BULK=1) $(if $(NAME),--build-arg NAME=$(NAME)) --tag $(TAG) .
 
 image-test: .venv/installed ## build the same image with buildah, run it, and send it AI Platform requests (root, Debian)
 	@$(PY) -m pytest -m image -s
