@@ -21,7 +21,7 @@ from .config import Config, read_config
 
 HERE = Path(__file__).parent
 # What handler.py imports, whatever computes; and by runtime.
-CODE = ("answers.py", "config.py", "geometry.py", "memory.py", "photos.py", "protocol.py")
+CODE = ("answers.py", "config.py", "geometry.py", "memory.py", "photos.py", "protocol.py", "structure.py")
 CODE += ("runtime/__init__.py", "runtime/queue.py")
 RUNTIME_CODE = {
     "eager": ("model.py", "runtime/cuda.py", "runtime/program.py", "runtime/pytorch.py"),

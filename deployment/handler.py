@@ -47,7 +47,6 @@ class Item:
     """One image on its way: what the steps made of it so far, or the error that ended it."""
 
     data: bytes = b""  # the file
-    header: Image.Image | None = None  # the file opened, not decoded yet
     size: tuple[int, int] = (0, 0)  # width and height as sent
     counted: int = 0  # pixels that it counts for
     memory: int = 0  # bytes that it takes at most, until it is resized
@@ -137,10 +136,10 @@ class Handler:
         """The image in `instance`, of which the header is read; an `open_image` of the reader's own reads it later."""
         item = Item(protocol.read_instance(instance))
         if not self.config.opener:
-            item.header = self.preprocessor.identify(item.data)
-            item.size = item.header.size
+            header = self.preprocessor.identify(item.data)  # not kept: what is beside its pixels is not counted
+            item.size = header.size
             item.counted = self.preprocessor.counted_pixels(item.size)
-            item.memory = self.preprocessor.memory(item.header)
+            item.memory = self.preprocessor.memory(header)
         return item
 
     def decode(self, jobs: list[Job]) -> None:
@@ -165,19 +164,20 @@ class Handler:
         drawn_on = is_overlay and job.request.size == "original"
         try:
             with self.budget.hold(item.memory):
-                if item.header:
-                    image = self.preprocessor.decode(item.header, whole=drawn_on)
-                    item.warning = CLIPPED if clips(item.header) else ""
-                else:
+                if self.config.opener:
                     image = self.preprocessor.open(item.data)
                     item.size = size_of(image)
+                else:
+                    header = self.preprocessor.identify(item.data)
+                    image = self.preprocessor.decode(header, whole=drawn_on)
+                    item.warning = CLIPPED if clips(header) else ""
                 resized = self.preprocessor.resize(image)
                 item.pixels = to_array(resized)
                 if is_overlay:
                     item.shown = viewable(image if drawn_on else resized)
         except Exception as error:
             item.error = protocol.rejection(error)
-        item.data, item.header = b"", None
+        item.data = b""
 
     def inference(self, items: list[Item]) -> None:
         """Set the output of each image, or its error. Which go through the model together is up to the runtime."""

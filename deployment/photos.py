@@ -16,14 +16,18 @@ from PIL import Image
 from .config import Config
 from .geometry import Frames, nearest_samples, resized_box
 from .protocol import bad_image, bad_request, too_large
+from .structure import check_structure
 
 # The decoders that a request can reach. Pillow has many more, and some of them start other programs (EPS).
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 MODES = {1: "L", 3: "RGB"}  # as fastai opens an image, by its channels
-MODE_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}  # of a pixel; other modes: 4
+MODE_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2}  # of a pixel; other modes: 4, for I;16B with the copy in `clips`
 # What decoders take beside the image, in bytes of a pixel; measured, and rounded up. A progressive JPEG is kept whole.
 DECODER_BYTES = {"WEBP": 12, "TIFF": 4, "GIF": 4}
 PROGRESSIVE_BYTES = 2  # of a pixel, for each band
+TILE_WIDTH, TILE_LENGTH = 322, 323  # tags of a TIFF
+LARGE_TILE = 2048 * 2048  # pixels; none that is larger than this and larger than its image is decoded
+TILE_BYTES = 8  # of a pixel of a tile, for the decoder
 PADDING_BYTES = 14  # of a pixel of the padded image, for the arrays on the way there
 CLIPPED = "more than 8 bits: values above 255 are white, as the learner opens the image; export with --open"
 ANSWER_BYTES = 8  # of a pixel of an answer at the image's own size: mask, base64 and JSON, or the overlay
@@ -93,13 +97,16 @@ class Preprocessor:
         """The image in `data` by its header alone: its size is known, its pixels are not decoded yet.
 
         Raises:
-            Rejected: 400 for another format than FORMATS, 413 above `max_pixels`.
+            Rejected: 400 for another format than FORMATS or one built to cost time or memory, 413 above `max_pixels`.
         """
+        check_structure(data)
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         except Exception:  # decoders raise all kinds of errors on broken files
             raise bad_image(f"not an image of a known format: send {', '.join(FORMATS)}") from None
         self.check_size(image.size)
+        if tile_pixels(image) > max(image.width * image.height, LARGE_TILE):
+            raise bad_image("a TIFF with tiles that are larger than the image")
         return image
 
     def check_size(self, size: tuple[int, int]) -> None:
@@ -137,11 +144,12 @@ class Preprocessor:
         each += DECODER_BYTES.get(image.format or "", 0)
         if image.info.get("progressive"):
             each += PROGRESSIVE_BYTES * len(image.getbands())
+        tile = tile_pixels(image) * TILE_BYTES
         options = self.config.resize or {}
         if (size := options.get("size")) and options.get("method", "squish") != "squish":
             height, width = resized_box(image.size[::-1], size, options["method"])
-            return pixels * each + height * width * PADDING_BYTES
-        return pixels * each
+            return pixels * each + tile + height * width * PADDING_BYTES
+        return pixels * each + tile
 
     def counted_pixels(self, size: tuple[int, int]) -> int:
         """What an image of `size` (width, height) counts for: its pixels, or the model's where these are more."""
@@ -244,8 +252,16 @@ def clips(image: Image.Image) -> bool:
     """Whether `image`, decoded, has more than 8 bits, of which mode RGB or L keeps the values up to 255 alone."""
     if not image.mode.startswith(("I", "F")):
         return False
+    if image.mode.startswith("I;16") and image.mode != "I;16":  # of these Pillow knows no extrema
+        return bool(np.asarray(image).max() > 255)
     _, highest = image.getextrema()
     return isinstance(highest, int | float) and highest > 255
+
+
+def tile_pixels(image: Image.Image) -> int:
+    """The pixels of a tile of a TIFF, which may be larger than the image and is decoded whole; 0 without tiles."""
+    tags = getattr(image, "tag_v2", {})
+    return tags.get(TILE_WIDTH, 0) * tags.get(TILE_LENGTH, 0)
 
 
 def viewable(image: Image.Image | np.ndarray) -> Image.Image:

@@ -193,7 +193,7 @@ def read_options(fields: dict, accept: str = "") -> tuple[str, str, int | None]:
             raise bad_request(f"`{name}` must be one of: {', '.join(choices)}")
         values.append(given or value)
     top = fields.get("top")
-    if isinstance(top, str | bytes | bytearray) and top.isdigit() and len(top) < 10:  # as a form sends it
+    if isinstance(top, str | bytes | bytearray) and top.isascii() and top.isdigit() and len(top) < 10:
         top = int(top)
     elif isinstance(top, float) and top.is_integer():  # as AI Platform sends it
         top = int(top)

@@ -17,7 +17,7 @@ from deployment.archive import ArchiveError, check_digest, digest_file, find_arc
 from deployment.export import write_config
 
 COMMON = {"handler.py", "answers.py", "config.py", "geometry.py", "memory.py", "photos.py", "protocol.py"}
-COMMON |= {"runtime/__init__.py", "runtime/queue.py"}
+COMMON |= {"structure.py", "runtime/__init__.py", "runtime/queue.py"}
 CODE = COMMON | {"model.py", "runtime/cuda.py", "runtime/program.py", "runtime/pytorch.py"}
 CONTENT = CODE | {"fastunet.pth", "model-config.yaml", "MAR-INF/MANIFEST.json"}
 

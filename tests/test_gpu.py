@@ -444,7 +444,7 @@ def test_photos_are_decoded_in_threads(small_store, monkeypatch):
     for job, expected in zip(jobs, alone, strict=True):
         (item,) = job.items
         assert np.array_equal(item.pixels, expected.pixels)
-        assert item.header is None and item.shown is None and not item.data
+        assert item.shown is None and not item.data
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from deployment.handler import Handler
 
 DEPLOYMENT = ROOT / "deployment"
 FILES = {path.relative_to(DEPLOYMENT).as_posix(): path.read_text() for path in sorted(DEPLOYMENT.rglob("*.py"))}
-WITHOUT_TORCH = ["handler.py", "photos.py", "answers.py", "protocol.py", "config.py", "memory.py"]
+WITHOUT_TORCH = ["handler.py", "photos.py", "answers.py", "protocol.py", "config.py", "memory.py", "structure.py"]
 WITHOUT_TORCH += [f"runtime/{name}.py" for name in ("__init__", "queue", "openvino")]
 MAY_IMPORT_HANDLER = ("export/", "server/", "actors.py", "serve.py")  # the export proves by it
 MAX_LINES = {"a file": 360, "a function": 60}

@@ -13,7 +13,7 @@ from PIL import Image
 
 from deployment.export.accuracy import as_model_sees
 from deployment.geometry import resized_box
-from deployment.photos import FORMATS, Preprocessor, to_array
+from deployment.photos import FORMATS, Preprocessor, clips, to_array
 from deployment.protocol import Rejected
 from deployment.runtime.pytorch import BatchTransforms, resample_affine
 
@@ -95,17 +95,29 @@ def test_colors_that_pillow_cannot_convert_are_refused():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I;16B"])
 def test_pixels_are_fastai_s(mode, channels):
     from fastai.vision.core import PILImage, PILImageBW
 
-    format = "TIFF" if mode in ("CMYK", "I;16") else "PNG"
-    data = encoded(draw_photo(0, (60, 40)).convert("L" if mode == "I;16" else mode).convert(mode), format)
+    format = "TIFF" if mode in ("CMYK", "I;16", "I;16B") else "PNG"
+    data = encoded(draw_photo(0, (60, 40)).convert("L" if mode.startswith("I") else mode).convert(mode), format)
     own_size = Preprocessor(dataclasses.replace(SMALL, channels=channels, resize=None))
     expected = np.array((PILImage if channels == 3 else PILImageBW).create(data))
     pixels = own_size(data)
     assert (pixels.shape, pixels.dtype) == ((40, 60, channels), np.uint8)
     assert np.array_equal(pixels, expected.reshape(40, 60, channels))
+
+
+@pytest.mark.parametrize("order", ["<u2", ">u2"])  # of ImageJ, the second
+@pytest.mark.parametrize("highest", [255, 256])
+def test_more_than_8_bits_are_told(order, highest):
+    values = np.arange(32 * 32).reshape(32, 32) % 200
+    values[0, 0] = highest
+    mode = "I;16" if order == "<u2" else "I;16B"
+    data = encoded(Image.frombytes(mode, (32, 32), values.astype(order).tobytes()), "TIFF")
+    header = PREPROCESSOR.identify(data)
+    PREPROCESSOR.decode(header)
+    assert header.mode == mode and clips(header) == (highest > 255)
 
 
 def test_limit_of_pixels():

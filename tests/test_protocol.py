@@ -93,6 +93,13 @@ def test_refuses_options_that_there_are_not(fields):
     assert error.value.status == 400
 
 
+@pytest.mark.parametrize("top", ["0", "-1", "²", "٣", b"\xb2", "1e3", "", 1.5, True, [1]])
+def test_refuses_what_is_no_number_of_answers(top):
+    with pytest.raises(Rejected, match="`top` must be") as error:
+        read_options({"top": top})
+    assert error.value.status == 400
+
+
 def test_reads_the_three_forms():
     assert read_request({"body": bytearray(b"photo")}) == Request([b"photo"])
     form = {"data": bytearray(b"photo"), "format": bytearray(b"png"), "size": bytearray(b"original")}
