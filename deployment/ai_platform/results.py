@@ -43,7 +43,7 @@ def named(rows: Iterable[dict], source: Sequence[Path | str], destination: str =
     """The rows of `batch(source, destination)`, each with its image's name; last a row for each image that has none.
 
     The name is in the instance, or it is the instance; where the service kept an image's content in place of its
-    address, it is found by that. Rows of lines that bear no name are numbered.
+    address, it is found by that. Rows of lines that bear no name are numbered, and so is an error that may be theirs.
     """
     folders = [str(s) for s in source if str(s).startswith("gs://") and not str(s).endswith(".jsonl")]
     blobs = objects(folders, storage_client(), destination) if folders else []
@@ -52,10 +52,10 @@ def named(rows: Iterable[dict], source: Sequence[Path | str], destination: str =
         by_content.setdefault(blob.md5_hash, []).append(address(blob))
     left = {str(s): "its request failed" for s in source if not str(s).startswith("gs://")}
     left |= {address(blob): TOO_LARGE if is_too_large(blob.size) else "its request failed" for blob in blobs}
-    expected = bool(left)
+    lines = not left or any(str(s).startswith("gs://") and str(s).endswith(".jsonl") for s in source)
     for n, row in enumerate(rows, 1):
         name = name_in(row["instance"], by_content)
-        if name or not expected:
+        if name or row["instance"] or lines:
             left.pop(name or "", None)
             yield name or f"row-{n:06}", row
         else:
