@@ -84,8 +84,8 @@ def test_photos_of_a_failed_request_are_named(capsys):
 def test_rows_without_a_name_are_numbered(capsys):
     lines = [{"instance": {"b64": "eA=="}, "prediction": {}}, {"instance": {"b64": "eA==", "name": "a.png"}}]
     failed = results.read_row(SEEN["error_lines"][0]["line"])
-    named = dict(ai_platform.named([*lines, failed], ["a.png", "gs://bucket/lines.jsonl"]))
-    assert list(named) == ["row-000001", "a.png", "row-000003"]
+    named = dict(ai_platform.named([*lines, failed], ["./a.png", "gs://bucket/lines.jsonl"]))
+    assert list(named) == ["row-000001", "a.png", "row-000003"]  # a photo is named as `send` names it
     assert "504" in ai_platform.error_in(named["row-000003"])  # of a line, perhaps: it must not be lost
     assert list(dict(ai_platform.named(lines, ["a.png"]))) == ["row-000001", "a.png"]
     assert "None" not in capsys.readouterr().out

@@ -50,7 +50,7 @@ def named(rows: Iterable[dict], source: Sequence[Path | str], destination: str =
     by_content: dict[str, list[str]] = {}
     for blob in blobs:
         by_content.setdefault(blob.md5_hash, []).append(address(blob))
-    left = {str(s): "its request failed" for s in source if not str(s).startswith("gs://")}
+    left = {str(Path(s)): "its request failed" for s in source if not str(s).startswith("gs://")}
     left |= {address(blob): TOO_LARGE if is_too_large(blob.size) else "its request failed" for blob in blobs}
     lines = not left or any(str(s).startswith("gs://") and str(s).endswith(".jsonl") for s in source)
     for n, row in enumerate(rows, 1):
