@@ -311,7 +311,7 @@ def test_batch_of_a_bucket(service, next_version, tmp_path, capsys, monkeypatch,
     sent = {f"{folder}/street {i}/{i}.png": encoded(draw_photo(i)) for i in range(5)}
     sent |= {f"{folder}/again.png": sent[f"{folder}/street 0/0.png"], f"{folder}/broken.jpg": b"no image"}
     huge, large = f"{folder}/huge.tif", "larger than the container takes (20 MB as base64)"
-    beside = {f"{folder}-old/0.png": b"", f"{folder}/out/prediction/mask.png": b"", huge: bytes(16 << 20)}
+    beside = {f"{folder}-old/0.png": b"", f"{folder}/out/prediction-bucket-1/mask.png": b"", huge: bytes(16 << 20)}
     for name, data in (sent | beside).items():
         bucket.blob(name).upload_from_string(data)
     command = ["batch", f"gs://local-bucket/{folder}", "--name=bucket", f"--to=gs://local-bucket/{folder}/out"]
@@ -357,6 +357,13 @@ def test_requests_of_a_bucket_hold_what_the_container_takes(service):
     assert jobs.send_list(blobs, "gs://local-bucket/list.txt", client, None).sizes == []
     too_many = jobs.send_list(blobs, "gs://local-bucket/list.txt", client, 10_000_000)
     assert {pixels for _, pixels in too_many.sizes} == {0}  # each is refused by its header, alone
+    bucket.blob("large/input-20261127-120000.txt").upload_from_string("")  # what jobs write is no photo
+    bucket.blob("large/prediction-fastunet-1/prediction.results-00000-of-00001").upload_from_string("")
+    for destination in ("gs://local-bucket", "gs://local-bucket/", "gs://local-bucket/large"):
+        found = jobs.objects(["gs://local-bucket/large"], client, destination)
+        listed = {blob.name.removeprefix("large/") for blob in found}
+        assert {"0.jpg", "1.jpg", "2.jpg"} <= listed
+        assert len(listed) == (3 if destination.endswith("large") else 5)
     with pytest.raises(FileNotFoundError, match="no bucket gs://none"):
         jobs.objects(["gs://none/images"], client)
 

@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -127,7 +128,7 @@ def gather(source: Sequence[Path | str], destination: str, max_pixels: int | Non
 
 
 def objects(folders: Sequence[str], client: "storage.Client", destination: str = "") -> "list[storage.Blob]":
-    """The objects in `gs://` folders and below, but for those in `destination`, the results of jobs.
+    """The objects in `gs://` folders and below, but for what jobs have written to `destination`.
 
     Raises:
         FileNotFoundError: there is no such bucket.
@@ -137,15 +138,21 @@ def objects(folders: Sequence[str], client: "storage.Client", destination: str =
     found = []
     for folder in folders:
         bucket, _, path = folder.removeprefix("gs://").rstrip("/").partition("/")
-        below, results = path and f"{path}/", f"{destination.rstrip('/')}/"
+        below = path and f"{path}/"
         try:
             for blob in client.list_blobs(bucket, prefix=path):
                 is_file = not blob.name.endswith("/") and (blob.name == path or blob.name.startswith(below))
-                if is_file and not (destination and address(blob).startswith(results)):
+                if is_file and not (destination and is_written(address(blob), destination)):
                     found.append(blob)
         except exceptions.NotFound:
             raise FileNotFoundError(f"no bucket gs://{bucket}") from None
     return found
+
+
+def is_written(uri: str, destination: str) -> bool:
+    """Whether `uri` is what `gather` sends to `destination`, or what the service writes there for a job."""
+    name = uri.removeprefix(f"{destination.rstrip('/')}/")
+    return name != uri and re.match(r"input-\d{8}-\d{6}[-\w]*\.(jsonl|txt)$|prediction-[^/]+/", name) is not None
 
 
 def address(blob: "storage.Blob") -> str:
