@@ -412,8 +412,13 @@ def test_a_running_version_is_scaled_in_place(service, monkeypatch, capsys):
     ai_platform.deploy("scaled", scale_on="requests", target=300)
     [metric] = ai_platform.get_endpoint("scaled").list_models()[0].dedicated_resources.autoscaling_metric_specs
     assert (metric.metric_name.split("/")[-1], metric.target) == ("request_count", 300)
+    ai_platform.deploy("scaled", target=400)
+    [metric] = ai_platform.get_endpoint("scaled").list_models()[0].dedicated_resources.autoscaling_metric_specs
+    assert (metric.metric_name.split("/")[-1], metric.target) == ("request_count", 400)
     ai_platform.deploy("scaled", scale_on="cpu", target=80)
-    assert service.calls.count("MutateDeployedModel") == 5 and service.calls.count("DeployModel") == 1
+    ai_platform.deploy("scaled", scale_on="cpu")  # by which it is scaled already
+    assert scaling() == (7, 7, 80)
+    assert service.calls.count("MutateDeployedModel") == 6 and service.calls.count("DeployModel") == 1
     with pytest.raises(exceptions.InvalidArgument, match="max_replica_count must be at least"):
         ai_platform.deploy("scaled", max_replicas=3)
     with pytest.raises(ValueError, match="with --min-replicas 7, which cannot become 0 in place"):

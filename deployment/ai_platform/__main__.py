@@ -90,7 +90,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     kept = "(default: as it is deployed, else"
     p.add_argument("--min-replicas", type=int, help=f"each costs all day; 0: a preview, none in idle hours {kept} 1)")
     p.add_argument("--max-replicas", type=int, help=f"grow to so many machines; the quota must hold them {kept} 1)")
-    p.add_argument("--scale-on", choices=METRICS, help="what adds machines (default: the GPU's use, else the CPU's)")
+    p.add_argument("--scale-on", choices=METRICS, help=f"what adds machines {kept} the GPU's use, or the CPU's)")
     p.add_argument("--target", type=int, help=f"percent of use, or requests a minute, that adds a machine {kept} 60)")
     p.add_argument("--idle-after", type=int, help="seconds until the last machine goes, with --min-replicas 0")
     p.add_argument("--share", type=int, help="percent of the traffic (default: 100 on a new endpoint, else 0)")

@@ -57,7 +57,7 @@ def deploy(
         min_replicas: 1 by default. 0 lets the last replica go when no request came for `idle_after` seconds (300 to
             28,800), and costs nothing then. Requests fail until one runs again, for minutes. (A preview: API v1beta1.)
         max_replicas: 1 by default. The quota must hold so many.
-        scale_on: what adds replicas, of `METRICS`; by default the GPU's use where there is one, else the CPU's. On a
+        scale_on: what adds replicas, of `METRICS`; by default as it is deployed, else the GPU's use, or the CPU's. On a
             machine with a GPU the service looks at both, whichever is higher; the other one's target is 60.
         target: percent of use, 60 by default; of `requests` how many a minute each replica takes, which has no default.
         share: percent of the traffic, taken from the others alike (default: all on a new endpoint, else none).
@@ -308,9 +308,15 @@ def rescale(
         wanted.min_replica_count = min_replicas
         wanted.max_replica_count = max(min_replicas, wanted.max_replica_count)
     if target is not None or scale_on:
-        _, metric = metric_of(scale_on, resources.machine_spec.accelerator_type)
-        name = f"aiplatform.googleapis.com/prediction/online/{metric}"
-        wanted.autoscaling_metric_specs = [{"metric_name": name, "target": 60 if target is None else target}]
+        targets = {spec.metric_name: spec.target for spec in resources.autoscaling_metric_specs}
+        if scale_on or len(targets) != 1:
+            _, metric = metric_of(scale_on, resources.machine_spec.accelerator_type)
+            name = f"aiplatform.googleapis.com/prediction/online/{metric}"
+        else:
+            [name] = targets
+        if target is None:
+            target = targets.get(name, 60)
+        wanted.autoscaling_metric_specs = [{"metric_name": name, "target": target}]
     if bool(wanted.min_replica_count) != bool(resources.min_replica_count):
         raise ValueError(
             f"version {version} is deployed with --min-replicas {resources.min_replica_count}, which cannot become "
