@@ -1,5 +1,6 @@
 """The client without the stand-in: on samples of what the service sends, and against Google's own references."""
 
+import base64
 import io
 import json
 import re
@@ -20,6 +21,7 @@ from google.protobuf import json_format
 
 from deployment import ai_platform
 from deployment.ai_platform import jobs, online, results
+from deployment.ai_platform.__main__ import main, report
 from deployment.ai_platform.advice import remedy
 from deployment.ai_platform.client import known_endpoints
 
@@ -89,6 +91,19 @@ def test_rows_without_a_name_are_numbered(capsys):
     assert "504" in ai_platform.error_in(named["row-000003"])  # of a line, perhaps: it must not be lost
     assert list(dict(ai_platform.named(lines, ["a.png"]))) == ["row-000001", "a.png"]
     assert "None" not in capsys.readouterr().out
+
+
+def test_no_picture_is_written_over(tmp_path):
+    names, picture = ["x/a-3.png", "y/a.png", "z/a.png"], base64.b64encode
+    report([(name, {"prediction": {"png": picture(name.encode()).decode()}}) for name in names], tmp_path)
+    assert sorted(file.read_text() for file in tmp_path.iterdir()) == names
+
+
+@pytest.mark.parametrize("share", ["1", "1=", "=100", "1=half"])
+def test_shares_that_cannot_be_read_are_named(share, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["traffic", share])
+    assert f"{share} is not VERSION=PERCENT" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("sample", SEEN["refusals"], ids=lambda sample: sample["class"])

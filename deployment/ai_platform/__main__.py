@@ -47,6 +47,14 @@ def key_values(text: str) -> dict[str, str]:
     return {key: value for key, _, value in pairs}
 
 
+def version_share(text: str) -> tuple[str, int]:
+    """`VERSION=PERCENT`, for argparse."""
+    version, _, percent = text.partition("=")
+    if not version or not percent.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not VERSION=PERCENT, such as 2=10")
+    return version, int(percent)
+
+
 def shared_options() -> tuple[argparse.ArgumentParser, ...]:
     """The options that several commands have: of all, of machines, of what is made, of answers."""
     common = argparse.ArgumentParser(add_help=False)
@@ -119,7 +127,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="of one request, as the model's configuration")
 
     p = command("traffic", "split the traffic between deployed versions: 1=90 2=10 (canary), 1=100 (roll back)")
-    p.add_argument("shares", nargs="+", metavar="VERSION=PERCENT")
+    p.add_argument("shares", nargs="+", type=version_share, metavar="VERSION=PERCENT")
     p.add_argument("--undeploy", action="store_true", help="undeploy the versions that get none: they cost money")
 
     command("list", "show versions, deployments, traffic and jobs")
@@ -151,8 +159,7 @@ def run(args: argparse.Namespace) -> None:
             print(folder)
             report(named(batch_results(folder), args.source, destination), out)
         case "traffic":
-            shares = dict(share.split("=") for share in options.pop("shares"))
-            traffic({version: int(percent) for version, percent in shares.items()}, **options)
+            traffic(dict(options.pop("shares")), **options)
             print(overview(args.name))
         case "list":
             print(overview(args.name))
@@ -197,8 +204,10 @@ def report(rows: Iterable[tuple[str, dict]], out: Path) -> None:
         shown = {key: value for key, value in answer.items() if key not in ("base64_prediction", "png", "jpeg")}
         if kind := next((kind for kind in ("png", "jpeg") if kind in answer), None):
             target = out / f"{Path(name).stem}.{'png' if kind == 'png' else 'jpg'}"
-            if target in written:  # of photos that share a name but not a folder
-                target = target.with_name(f"{target.stem}-{n}{target.suffix}")
+            stem, number = target.stem, n
+            while target in written:  # of photos that share a name but not a folder
+                target = target.with_name(f"{stem}-{number}{target.suffix}")
+                number += 1
             written.add(target)
             write(target, base64.b64decode(answer[kind]))
             shown = {"written": str(target)} | shown
