@@ -106,6 +106,21 @@ def test_shares_that_cannot_be_read_are_named(share, capsys):
     assert f"{share} is not VERSION=PERCENT" in capsys.readouterr().err
 
 
+def test_an_endpoint_that_two_threads_find_gone(endpoint, monkeypatch):
+    """Both are told so; the second finds it forgotten already."""
+
+    def gone(self, **options):
+        known_endpoints.clear()
+        answer = requests.Response()
+        answer.status_code, answer._content = 404, b'{"error": {"status": "NOT_FOUND", "message": "deleted"}}'
+        return answer
+
+    monkeypatch.setattr("google.auth.transport.requests.AuthorizedSession.post", gone)
+    for ask in (lambda: ai_platform.predict([b"photo"]), lambda: ai_platform.predict_raw(b"photo")):
+        with pytest.raises(exceptions.NotFound, match="deleted"):
+            ask()
+
+
 @pytest.mark.parametrize("sample", SEEN["refusals"], ids=lambda sample: sample["class"])
 def test_refusals_keep_class_and_reason(sample):
     error = online.refusal(sample["status"], json.dumps(sample["body"]))

@@ -53,7 +53,7 @@ def predict(
     try:
         return endpoint.predict(body["instances"], body.get("parameters"), timeout=timeout).predictions
     except exceptions.NotFound:
-        known_endpoints.pop(name)  # deleted since, and perhaps made again: the next call looks
+        known_endpoints.pop(name, None)  # deleted since, and perhaps made again: the next call looks
         raise
     except requests.Timeout:
         raise exceptions.DeadlineExceeded(f"no answer within {timeout:g} s") from None
@@ -63,7 +63,7 @@ def predict(
             raise
         refused = refusal(int(found[1]), found[2])
     if isinstance(refused, exceptions.NotFound):
-        known_endpoints.pop(name)
+        known_endpoints.pop(name, None)
     raise refused
 
 
@@ -95,7 +95,7 @@ def predict_raw(
     if answer.status_code != 200:
         refused = refusal(answer.status_code, answer.text)
         if isinstance(refused, exceptions.NotFound):
-            known_endpoints.pop(name)
+            known_endpoints.pop(name, None)
         raise refused
     return answer.json() if answer.headers["Content-Type"].startswith("application/json") else answer.content
 
