@@ -54,8 +54,8 @@ def cancel(job: "aiplatform.BatchPredictionJob") -> None:
 def left_over(name: str = "fastunet") -> list[str]:
     """The commands that remove what `delete` leaves, and what costs cents a month; call it before `delete`.
 
-    Images and folders are those of the model's versions and jobs; bucket and repository of a build are named as Google
-    names them.
+    Images and folders are those of the model's versions and jobs, but for the files that a job was given; bucket and
+    repository of a build are named as Google names them.
     """
     from google.api_core import exceptions
     from google.cloud import aiplatform
@@ -69,7 +69,9 @@ def left_over(name: str = "fastunet") -> list[str]:
             folders.add(model.uri)
     for job in aiplatform.BatchPredictionJob.list(filter=f'display_name="{name}"'):
         folders.add(job.output_info.gcs_output_directory if job.output_info else "")
-        folders.update(job.gca_resource.input_config.gcs_source.uris)
+        made = job.gca_resource
+        destination = made.output_config.gcs_destination.output_uri_prefix
+        folders.update(uri for uri in made.input_config.gcs_source.uris if jobs.is_written(uri, destination))
     commands = [f"gcloud artifacts docker images delete {image} --delete-tags" for image in sorted(images)]
     commands += [f"gcloud storage rm --recursive {folder}" for folder in sorted(filter(None, folders))]
     repositories = {tuple(image.split("/")[:3]) for image in images if image.count("/") >= 3}
