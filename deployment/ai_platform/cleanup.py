@@ -1,6 +1,7 @@
 """Deleting all that has a name, in the right order, and saying what stays."""
 
 import contextlib
+import shlex
 import time
 from typing import TYPE_CHECKING
 
@@ -73,7 +74,7 @@ def left_over(name: str = "fastunet") -> list[str]:
         destination = made.output_config.gcs_destination.output_uri_prefix
         folders.update(uri for uri in made.input_config.gcs_source.uris if jobs.is_written(uri, destination))
     commands = [f"gcloud artifacts docker images delete {image} --delete-tags" for image in sorted(images)]
-    commands += [f"gcloud storage rm --recursive {folder}" for folder in sorted(filter(None, folders))]
+    commands += [f"gcloud storage rm --recursive {shlex.quote(folder)}" for folder in sorted(filter(None, folders))]
     repositories = {tuple(image.split("/")[:3]) for image in images if image.count("/") >= 3}
     commands += [
         f"gcloud artifacts repositories delete {repository} --location={host.removesuffix('-docker.pkg.dev')} "
