@@ -106,7 +106,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--inference-timeout", type=int, help="seconds for an answer of a dedicated endpoint, up to 3600")
     p.add_argument("--spot", action="store_true", help="Spot machines: cheaper, and may be taken away at any time")
     p.add_argument(
-        "--flex-start", type=int, metavar="SECONDS", help="wait for free machines, for so long at most; a preview"
+        "--flex-start",
+        type=int,
+        metavar="SECONDS",
+        help="wait for machines that are hard to get, and have them for so long at most; a preview",
     )
     p.add_argument("--gpu-partition", metavar="SIZE", help="a part of the GPU, such as 1g.10gb of an H100")
     p.add_argument("--log-to", metavar="bq://PROJECT.DATASET.TABLE", help="log requests and answers to BigQuery")
