@@ -134,6 +134,15 @@ def test_the_commands_that_remove_what_stays(endpoint, monkeypatch):
     assert removed == [own, job.output_info.gcs_output_directory]
 
 
+def test_jobs_of_one_second_read_what_is_theirs(monkeypatch):
+    monkeypatch.setattr(jobs, "storage_client", lambda: None)
+    monkeypatch.setattr(jobs, "check_sizes", lambda files: None)
+    monkeypatch.setattr(jobs, "send", lambda files, uri, client: [])
+    monkeypatch.setattr("time.strftime", lambda form: "20261127-120000")
+    [one], [other] = (jobs.gather(["a.png"], "gs://bucket/out", None).uris for _ in range(2))
+    assert one != other and jobs.is_written(one, "gs://bucket/out") and not jobs.is_written(one, "gs://bucket/in")
+
+
 @pytest.mark.parametrize("sample", SEEN["refusals"], ids=lambda sample: sample["class"])
 def test_refusals_keep_class_and_reason(sample):
     error = online.refusal(sample["status"], json.dumps(sample["body"]))

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import secrets
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -111,7 +112,8 @@ def gather(source: Sequence[Path | str], destination: str, max_pixels: int | Non
 
     What lies in Cloud Storage is read for its size, unless `max_pixels`, of one request, is None.
     """
-    client, stem = storage_client(), f"{destination.rstrip('/')}/input-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"input-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"  # jobs may begin in the same second
+    client, stem = storage_client(), f"{destination.rstrip('/')}/{name}"
     remote = [str(s) for s in source if str(s).startswith("gs://")]
     folders = [uri for uri in remote if not uri.endswith(".jsonl")]
     if folders and len(folders) < len(source):
