@@ -1,6 +1,7 @@
 """The client without the stand-in: on samples of what the service sends, and against Google's own references."""
 
 import base64
+import contextlib
 import io
 import json
 import re
@@ -141,6 +142,12 @@ def test_jobs_of_one_second_read_what_is_theirs(monkeypatch):
     monkeypatch.setattr("time.strftime", lambda form: "20261127-120000")
     [one], [other] = (jobs.gather(["a.png"], "gs://bucket/out", None).uris for _ in range(2))
     assert one != other and jobs.is_written(one, "gs://bucket/out") and not jobs.is_written(one, "gs://bucket/in")
+
+
+def test_a_line_that_is_no_json_is_named(monkeypatch):
+    monkeypatch.setattr(jobs, "open_blob", lambda *args: contextlib.nullcontext([b'{"b64": ""}\n', b"\n", b"{\n"]))
+    with pytest.raises(ValueError, match="line 3 of gs://bucket/lines.jsonl is no JSON"):
+        jobs.measure("gs://bucket/lines.jsonl", None)
 
 
 @pytest.mark.parametrize("sample", SEEN["refusals"], ids=lambda sample: sample["class"])

@@ -221,9 +221,16 @@ def is_too_large(size: int) -> bool:
 
 
 def measure(uri: str, client: "storage.Client") -> list[tuple[int, int]]:
-    """The bytes and the pixels of each line in `uri`."""
+    """The bytes and the pixels of each line in `uri`; ValueError for one that is no JSON."""
+    sizes = []
     with progress(f"reading {uri}, for the size of a request"), open_blob(uri, client, "rb") as lines:
-        return [(len(line), pixels(json.loads(line))) for line in lines if line.strip()]
+        for n, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    sizes.append((len(line), pixels(json.loads(line))))
+                except ValueError as error:
+                    raise ValueError(f"line {n} of {uri} is no JSON: {error}") from None
+    return sizes
 
 
 def send(files: Sequence[Path], uri: str, client: "storage.Client") -> list[tuple[int, int]]:
