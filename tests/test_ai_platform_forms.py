@@ -26,6 +26,7 @@ from deployment.ai_platform import jobs, online, results
 from deployment.ai_platform.__main__ import main, report
 from deployment.ai_platform.advice import remedy
 from deployment.ai_platform.client import known_endpoints
+from deployment.ai_platform.deployments import endpoint_for
 
 SAMPLES = Path(__file__).parent / "samples"
 SEEN = json.loads((SAMPLES / "ai_platform.json").read_text())
@@ -148,6 +149,18 @@ def test_a_line_that_is_no_json_is_named(monkeypatch):
     monkeypatch.setattr(jobs, "open_blob", lambda *args: contextlib.nullcontext([b'{"b64": ""}\n', b"\n", b"{\n"]))
     with pytest.raises(ValueError, match="line 3 of gs://bucket/lines.jsonl is no JSON"):
         jobs.measure("gs://bucket/lines.jsonl", None)
+
+
+def test_an_endpoint_logs_to_one_table(endpoint):
+    log = endpoint.predict_request_response_logging_config
+    log.enabled, log.bigquery_destination.output_uri = True, "bq://mine.logs.requests"
+    found, otherwise = ai_platform.find_endpoint(), dict(shared=False, log_rate=1.0)
+    otherwise |= dict.fromkeys(["kms_key", "inference_timeout", "labels"])
+    for table in ("bq://mine.logs.requests", "bq://mine"):  # of a project alone the service makes the rest
+        assert endpoint_for("fastunet", found, log_to=table, **otherwise) is found
+    for table in ("bq://mine.logs.others", "bq://min"):
+        with pytest.raises(ValueError, match="exists with another --log-to"):
+            endpoint_for("fastunet", found, log_to=table, **otherwise)
 
 
 @pytest.mark.parametrize("sample", SEEN["refusals"], ids=lambda sample: sample["class"])

@@ -180,8 +180,11 @@ def endpoint_for(
     otherwise = ""
     if shared and endpoint.dedicated_endpoint_enabled:
         otherwise = "is a dedicated one already"
-    if log_to and not made.predict_request_response_logging_config.enabled:
+    log = made.predict_request_response_logging_config
+    if log_to and not log.enabled:
         otherwise = "exists without a request log"
+    elif log_to and not f"{log.bigquery_destination.output_uri}.".startswith(f"{log_to}."):
+        otherwise = "exists with another --log-to"
     if kms_key and made.encryption_spec.kms_key_name != kms_key:
         otherwise = "exists without that --kms-key"
     waits = made.client_connection_config.inference_timeout
