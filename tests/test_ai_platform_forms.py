@@ -102,6 +102,29 @@ def test_no_picture_is_written_over(tmp_path):
     assert sorted(file.read_text() for file in tmp_path.iterdir()) == names
 
 
+@pytest.mark.parametrize("raw", [[], ["--raw"]], ids=["json", "raw"])
+def test_no_photo_is_written_over(endpoint, monkeypatch, tmp_path, raw):
+    """Pictures go to the working folder, where the photos may lie."""
+
+    def post(self, url, data=None, headers=None, timeout=None):
+        answer = requests.Response()
+        answer.status_code, answer.headers["Content-Type"] = 200, "image/png" if raw else "application/json"
+        answer._content = b"mask" if raw else json.dumps({"predictions": [{"png": "bWFzaw=="}] * 3}).encode()
+        return answer
+
+    monkeypatch.setattr("google.auth.transport.requests.AuthorizedSession.post", post)
+    monkeypatch.chdir(tmp_path)
+    photos = [tmp_path / "far" / "b.png", tmp_path / "a.png", tmp_path / "b.png"]
+    photos[0].parent.mkdir()
+    for photo in photos:
+        photo.write_bytes(b"photo")
+    main(["predict", str(photos[0]), "a.png", "far/../b.png", "--format=png", *raw])
+    assert all(photo.read_bytes() == b"photo" for photo in photos)
+    written = {file.name for file in tmp_path.iterdir() if file.is_file()} - {"a.png", "b.png"}
+    assert written == {"b-1.png", "a-2.png", "b-3.png"}
+    assert all((tmp_path / name).read_bytes() == b"mask" for name in written)
+
+
 @pytest.mark.parametrize("share", ["1", "1=", "=100", "1=half"])
 def test_shares_that_cannot_be_read_are_named(share, capsys):
     with pytest.raises(SystemExit, match="2"):

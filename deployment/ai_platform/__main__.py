@@ -155,12 +155,12 @@ def run(args: argparse.Namespace) -> None:
             images, out, raw = options.pop("images"), options.pop("out"), options.pop("raw")
             ask = ask_raw if raw else predict
             rows = ({"prediction": answer} for answer in ask(images, **options))
-            report(zip(map(str, images), rows, strict=True), out)
+            report(zip(map(str, images), rows, strict=True), out, images)
         case "batch":
             out, destination = options.pop("out"), options.pop("to")
             folder = batch(destination=destination, **options)
             print(folder)
-            report(named(batch_results(folder), args.source, destination), out)
+            report(named(batch_results(folder), args.source, destination), out, args.source)
         case "traffic":
             traffic(dict(options.pop("shares")), **options)
             print(overview(args.name))
@@ -192,12 +192,13 @@ def ask_raw(images: Sequence[Path], **options: Any) -> Iterator[dict]:
         yield answer
 
 
-def report(rows: Iterable[tuple[str, dict]], out: Path) -> None:
+def report(rows: Iterable[tuple[str, dict]], out: Path, photos: Iterable[Path | str] = ()) -> None:
     """Prints a line of JSON for each named row, writes the pictures in them to `out`, and counts the photos.
 
-    Exits with status 1 where a photo got no answer.
+    No picture is written over another, nor over one of `photos`, the files that were sent. Exits with status 1 where a
+    photo got no answer.
     """
-    written, failed, n = set(), 0, 0
+    taken, failed, n = {Path(photo).resolve() for photo in photos}, 0, 0
     for n, (name, row) in enumerate(rows, 1):
         if error := error_in(row):
             failed += 1
@@ -208,10 +209,10 @@ def report(rows: Iterable[tuple[str, dict]], out: Path) -> None:
         if kind := next((kind for kind in ("png", "jpeg") if kind in answer), None):
             target = out / f"{Path(name).stem}.{'png' if kind == 'png' else 'jpg'}"
             stem, number = target.stem, n
-            while target in written:  # of photos that share a name but not a folder
+            while target.resolve() in taken:  # by a photo, or for one of the same name in another folder
                 target = target.with_name(f"{stem}-{number}{target.suffix}")
                 number += 1
-            written.add(target)
+            taken.add(target.resolve())
             write(target, base64.b64decode(answer[kind]))
             shown = {"written": str(target)} | shown
         print(json.dumps({"file": name} | shown))
