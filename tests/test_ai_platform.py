@@ -636,6 +636,14 @@ def test_an_image_for_cuda_refuses_a_machine_without_gpu(service):
     assert not service.endpoints
 
 
+def test_what_cannot_be_deployed_makes_no_endpoint(service):
+    ai_platform.upload(f"{IMAGE}:1", name="wrong")
+    for wrong, message in [({"scale_on": "gpu"}, "needs an --accelerator"), ({"share": 50}, "gets all of its traffic")]:
+        with pytest.raises(ValueError, match=message):
+            ai_platform.deploy("wrong", **wrong)
+    assert not service.endpoints
+
+
 def test_the_startup_probe_waits_inside_its_command(service):
     def seconds_until_ready(probe: types.Probe, ready_at: float, waits_inside: bool) -> float | None:
         """How late a replica is that answers after `ready_at` seconds; None where it is started anew."""

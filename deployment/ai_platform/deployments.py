@@ -73,7 +73,7 @@ def deploy(
     check_scaling(scale_on, target, min_replicas, idle_after)
     check_machines(accelerator, spot, gpu_partition, flex_start, preview=min_replicas == 0 or flex_start is not None)
     machines: dict[str, Any] = dict(accelerator=accelerator, machine=machine, spot=spot, gpu_partition=gpu_partition)
-    model, endpoint, deployed = look_up(name, version, service_account, machines)
+    model, endpoint, deployed = look_up(name, version, service_account, machines, scale_on, share)
     settled = {"shared": shared, "log_to": log_to, "kms_key": kms_key, "inference_timeout": inference_timeout}
     endpoint = endpoint_for(name, endpoint, log_rate=log_rate, labels=labels, **settled)
     scaling: dict[str, Any] = {"min_replicas": min_replicas, "max_replicas": max_replicas, "scale_on": scale_on}
@@ -86,17 +86,27 @@ def deploy(
 
 
 def look_up(
-    name: str, version: str | None, service_account: str | None, machines: dict
+    name: str,
+    version: str | None,
+    service_account: str | None,
+    machines: dict,
+    scale_on: str | None,
+    share: int | None,
 ) -> "tuple[aiplatform.Model, aiplatform.Endpoint | None, DeployedModel | None]":
     """The version, the endpoint where there is one, and what that has of the version on such `machines`.
 
     Raises:
-        ValueError: it would be deployed, and needs a GPU that the machines do not have.
+        ValueError: it would be deployed, and needs a GPU that the machines do not have, is to be scaled by the use of
+            one, or would be the only version and get a part of the traffic.
     """
     model, endpoint = get_model(name, version), find_endpoint(name)
     deployed = find_deployed(endpoint, model.version_id, service_account, **machines) if endpoint else None
     if not deployed:
-        check_gpu(model, ACCELERATORS[machines["accelerator"] or "none"][0])
+        gpu, _ = ACCELERATORS[machines["accelerator"] or "none"]
+        check_gpu(model, gpu)
+        metric_of(scale_on, gpu)
+        if endpoint is None and share not in (None, 100):
+            raise ValueError("the first version of an endpoint gets all of its traffic: leave --share out")
     return model, endpoint, deployed
 
 
