@@ -72,10 +72,14 @@ def test_results_and_errors_are_read_by_both_names_that_google_gives(names, monk
         text = lines["error" if "error" in name else "predict"]
         return SimpleNamespace(name=f"out/job/{name}", open=lambda mode: io.BytesIO(f"{text}\n\n".encode()))
 
-    client = SimpleNamespace(list_blobs=lambda bucket, prefix: map(blob, (*names, "input.jsonl")))
-    monkeypatch.setattr(results, "storage_client", lambda: client)
-    good, bad = ai_platform.batch_results("gs://bucket/out/job")
-    assert good["prediction"] == {"label": "cat"} and "504" in ai_platform.error_in(bad)
+    def list_blobs(bucket: str, prefix: str) -> list[SimpleNamespace]:
+        blobs = [blob(name) for name in (*names, "input.jsonl")]
+        return [b for b in blobs if b.name.startswith(prefix)]
+
+    monkeypatch.setattr(results, "storage_client", lambda: SimpleNamespace(list_blobs=list_blobs))
+    for folder in ("gs://bucket/out/job", "gs://bucket/out/job/"):
+        good, bad = ai_platform.batch_results(folder)
+        assert good["prediction"] == {"label": "cat"} and "504" in ai_platform.error_in(bad)
 
 
 def test_photos_of_a_failed_request_are_named(capsys):

@@ -20,7 +20,7 @@ def batch_results(folder: str) -> Iterator[dict]:
     photos of that request have no rows.
     """
     client = storage_client()
-    bucket, _, prefix = folder.removeprefix("gs://").partition("/")
+    bucket, _, prefix = folder.removeprefix("gs://").rstrip("/").partition("/")
     blobs = sorted(client.list_blobs(bucket, prefix=f"{prefix}/"), key=lambda blob: "error" in blob.name.split("/")[-1])
     for blob in blobs:
         if re.match(r"predictions?[._]|errors?[._]", blob.name.split("/")[-1]):
