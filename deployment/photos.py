@@ -226,10 +226,10 @@ def load_opener(path: Path) -> Opener:
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     spec = importlib.util.spec_from_file_location("open_image", path)
-    assert spec and spec.loader  # as there is for any file of Python
+    assert spec  # as there is for any file of Python
     module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        exec(compile(path.read_bytes(), path, "exec"), module.__dict__)  # a loader would leave __pycache__ beside it
     except Exception as error:  # of the reader's code: any
         raise ValueError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(getattr(module, "open_image", None)):

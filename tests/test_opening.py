@@ -3,6 +3,7 @@
 import json
 import re
 import struct
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,6 +135,18 @@ def test_the_opening_travels_in_the_archive(tmp_path):
     store = export_learner(learner, tmp_path / "store", open=tmp_path / "my_open.py", check=tmp_path / "files")
     with zipfile.ZipFile(make_archive(store)) as archive:
         assert archive.read("open_image.py").decode() == EXAMPLES[opening.example]
+
+
+def test_an_export_takes_the_place_of_an_earlier_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)  # as Python is by default: it would write __pycache__
+    opening = OPENINGS["a window"]
+    learner = make(opening, tmp_path / "files")
+    for comment in ("# the first\n", "# the second\n"):
+        (tmp_path / "my_open.py").write_text(EXAMPLES[opening.example] + comment)
+        store = export_learner(learner, tmp_path / "store", open=tmp_path / "my_open.py", check=tmp_path / "files")
+        assert (store / "open_image.py").read_text().endswith(comment)
+        files = {"MODEL_CARD.md", "fastunet.pt2", "model-config.yaml", "open_image.py"}
+        assert {path.name for path in store.iterdir()} == files
 
 
 @pytest.mark.parametrize(
