@@ -1,6 +1,7 @@
 """How good answers are: agreement, accuracy, IoU and errors, by hand-made ones."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from conftest import SMALL
 from PIL import Image
 
 from deployment.export import ExportError
-from deployment.export.accuracy import class_scores, compare, compare_masks, mask_scores, read_label
+from deployment.export.accuracy import class_scores, compare, compare_masks, mask_scores, read_label, read_labels
+from deployment.export.convert import first_good
 from deployment.photos import Preprocessor
 
 
@@ -69,3 +71,29 @@ def test_a_label_that_cannot_be_used_is_named(value, message, tmp_path):
     with pytest.raises(ExportError, match=message) as error:
         read_label(tmp_path / "images" / "a.png", Preprocessor(SMALL))
     assert "a_P.png" in str(error.value)
+
+
+@pytest.mark.parametrize("task", ["classification", "multi-label", "regression", "points"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_answers_that_are_no_numbers_are_refused(task, value):
+    config = dataclasses.replace(SMALL, task=task, n_classes=2, classes=["a", "b"], threshold=0.5)
+    good = [torch.tensor([[0.9, 0.1]]) for _ in range(50)]
+    bad = [*good[1:], torch.tensor([[0.9, value]])]
+    for labels in (None, good):
+        with pytest.raises(ExportError, match="for 1 of 50 photos the converted model answers with NaN or infinity"):
+            compare(config, good, bad, labels)
+        with pytest.raises(ExportError, match="for 1 of 50 photos the original model answers with NaN or infinity"):
+            compare(config, bad, good, labels)
+
+
+def test_labels_that_are_void_everywhere_measure_nothing():
+    mask, void = torch.zeros(1, 4, 4, dtype=torch.uint8), torch.full((1, 4, 4), 3, dtype=torch.uint8)
+    with pytest.raises(ExportError, match="void everywhere"):
+        compare_masks([mask], [mask], [void], SMALL.classes)
+
+
+def test_a_limit_that_is_no_number_lets_nothing_pass():
+    with pytest.raises(ExportError, match="more than --max-drop nan"):
+        first_good([object()], lambda _: {"photos": 1, "agreement": 1.0, "drop": 0.0}, "bf16", math.nan)
+
+

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import math
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -414,6 +415,15 @@ def test_half_precision_has_to_be_measured_and_good_enough(small_store, camvid_f
         )
         with pytest.raises(ExportError, match=message):
             half_precision(CONFIG, small_store, "fp16", unlabeled)
+
+
+def test_half_precision_that_answers_with_nan_is_refused(small_store, camvid_folder, tmp_path, monkeypatch):
+    unlabeled = shutil.copytree(camvid_folder, tmp_path / "unlabeled", ignore=shutil.ignore_patterns("labels"))
+    network = nn.Sequential(Scaled(scale=1e6), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    monkeypatch.setattr("deployment.runtime.pytorch.load_network", lambda *_: network.eval().float())
+    config = dataclasses.replace(CONFIG, task="regression", classes=[])
+    with pytest.raises(ExportError, match="the converted model answers with NaN or infinity"):
+        half_precision(config, small_store, "fp16", unlabeled)
 
 
 def test_an_archive_for_a_gpu_says_what_half_precision_brings():

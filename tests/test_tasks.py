@@ -527,6 +527,7 @@ def test_every_precision_is_measured_as_the_task_demands(task, stores, tmp_path)
 @pytest.mark.parametrize(
     ("task", "line", "message"),
     [(MULTI, "plane", "does not know plane"), (NUMBER, "1.0", "1 numbers instead of 2"), (NUMBER, "a,b", "'a'"),
+     (NUMBER, "1,nan", "nan is no number"),
      (POINTS, None, "no label")],
 )  # fmt: skip
 def test_a_label_that_cannot_be_used_is_named(task, line, message, stores, tmp_path):

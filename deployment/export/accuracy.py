@@ -65,6 +65,8 @@ def as_output(values: list[str], photo: Path, preprocessor: Preprocessor) -> Ten
             raise ValueError(f"the model does not know {', '.join(sorted(unknown))}")
         return torch.tensor([[float(name in names) for name in config.classes]])
     numbers = np.array([float(value) for value in values])
+    if odd := [value for value, number in zip(values, numbers, strict=True) if not np.isfinite(number)]:
+        raise ValueError(f"{odd[0]} is no number to compare with")
     if len(numbers) != config.n_classes:
         raise ValueError(f"{len(numbers)} numbers instead of {config.n_classes}")
     if config.task == "points":
@@ -79,7 +81,13 @@ def compare(config: Config, original: list[Tensor], converted: list[Tensor], lab
 
     Agreement is the share of the pixels or labels that are the same, of values and points how close they are, from 0 to
     1; `drop` is what accuracy loses, in points of percent, of errors relative to the range of the labels.
+
+    Raises:
+        ExportError: an answer is NaN or infinite, or all labels are void.
     """
+    for answers, whose in ((original, "original"), (converted, "converted")):
+        if lost := sum(not answer.isfinite().all() for answer in answers):
+            raise ExportError(f"for {lost} of {len(answers)} photos the {whose} model answers with NaN or infinity")
     if config.task == "segmentation":
         return compare_masks(original, converted, labels, config.classes)
     ours, theirs = (decision(torch.cat(outputs), config.task, config.threshold) for outputs in (original, converted))
@@ -157,6 +165,9 @@ def compare_masks(
     """The masks of the converted model beside the original's: agreement, and with `labels` the accuracy of both.
 
     Accuracies are shares of 1 over all pixels that are not void; `drop` is in points of percent, the larger of the two.
+
+    Raises:
+        ExportError: all labels are void.
     """
     equal = sum((a == b).sum().item() for a, b in zip(original, converted, strict=True))
     agreement = equal / sum(m.numel() for m in original)
@@ -170,8 +181,14 @@ def compare_masks(
 
 
 def mask_scores(masks: Iterable[Tensor], labels: Iterable[Tensor], classes: list[str]) -> dict[str, float]:
-    """Pixel accuracy and mean IoU (over the classes that occur) of `masks`; void, found by its name, does not count."""
+    """Pixel accuracy and mean IoU (over the classes that occur) of `masks`; void, found by its name, does not count.
+
+    Raises:
+        ExportError: all labels are void.
+    """
     labeled, predicted, hits = count_pixels(masks, labels, classes)
+    if not labeled.any():
+        raise ExportError("the labels of the photos to measure on are void everywhere: choose others in valid.txt")
     iou = hits[labeled > 0] / (labeled + predicted - hits)[labeled > 0]
     return {"pixel_accuracy": float(hits.sum() / labeled.sum()), "mean_iou": float(iou.mean())}
 

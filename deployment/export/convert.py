@@ -98,7 +98,8 @@ def first_good(tries: Iterable, measure: Callable, what: str, max_drop: float) -
     least = float("inf")
     for candidate in tries:
         report = measure(candidate)
-        if (lost := excess(report, what, max_drop)) < least:
+        lost = excess(report, what, max_drop)
+        if not best or lost < least:
             best, least = (candidate, report), lost
         if least <= 0:
             break

@@ -57,9 +57,9 @@ def half_precision(
         converted.append(emulate(half, pixels, dtype) if emulated else cuda.compute(half, pixels, dtype).cpu())
     report = compare(config, original, converted, labels)
     print(report_text(report))
-    if report.get("drop", 0) > max_drop:
+    if not report.get("drop", 0) <= max_drop:  # so NaN does not pass either
         raise ExportError(f"{precision} loses {report['drop']:.2f} points, more than --max-drop {max_drop:g}")
-    if "drop" not in report and report["agreement"] < MIN_AGREEMENT:
+    if "drop" not in report and not report["agreement"] >= MIN_AGREEMENT:
         raise ExportError(f"only {report['agreement']:.2%} of the answers are in {precision} as in fp32")
     return dataclasses.replace(config, accuracy=report)
 
