@@ -131,6 +131,8 @@ def test_without_bf16_the_model_is_measured_and_served_in_fp32(
         (None, "--calibrate"),
         ("empty", "no photos"),
         ("unlabeled", "no label"),
+        ("broken to calibrate", r"5\.png: not an image"),
+        ("broken to measure", r"1\.png: not an image"),
         ("all to measure", "some to calibrate with and some to measure with"),
         ("none to measure", "some to calibrate with and some to measure with"),
     ],
@@ -143,7 +145,12 @@ def test_says_what_is_wrong_with_the_photos(small_store, camvid_folder, tmp_path
     if calibrate != "empty":
         for i in range(6):
             shutil.copy(camvid_folder / "images" / f"{i}.png", folder / "images")
-        shutil.copy(camvid_folder / "labels" / "0_P.png", folder / "labels")
+        if calibrate in ("broken to calibrate", "broken to measure"):
+            (folder / "images" / {"broken to calibrate": "5.png", "broken to measure": "1.png"}[calibrate]).write_bytes(
+                b""
+            )
+        else:
+            shutil.copy(camvid_folder / "labels" / "0_P.png", folder / "labels")
         listed = {"all to measure": range(6), "none to measure": []}.get(calibrate, range(2))
         (folder / "valid.txt").write_text("".join(f"{i}.png\n" for i in listed))
     with pytest.raises(ExportError, match=message) as error:

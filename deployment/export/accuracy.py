@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..config import Config
 from ..photos import Preprocessor
+from ..protocol import Rejected
 from ..runtime.pytorch import resample_affine
 from ..runtime.queue import ImageQueue
 from .dataset import label_of
@@ -118,6 +119,20 @@ def score(decided: Tensor, truth: Tensor, config: Config) -> tuple[str, float]:
         hits = (decided & (truth > 0)).sum().item()
         return "f_score", 2 * hits / max(1, decided.sum().item() + int(truth.sum()))
     return "mean_error", (decided - truth).abs().mean().item()
+
+
+def read_pixels(photo: Path, preprocessor: Preprocessor) -> np.ndarray:
+    """The pixels of `photo` as the model sees them: see `Preprocessor`.
+
+    Raises:
+        ExportError: it cannot be read; the message names it.
+    """
+    try:
+        return preprocessor(photo.read_bytes())
+    except Rejected as error:
+        raise ExportError(f"{photo.name}: {error.message}: take it out of {photo.parent}") from error
+    except TypeError as error:  # of the reader's own opener
+        raise ExportError(f"{photo.name}: {error}") from error
 
 
 def read_label(photo: Path, preprocessor: Preprocessor) -> Tensor:

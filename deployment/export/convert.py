@@ -16,7 +16,7 @@ from ..config import Config
 from ..photos import Preprocessor
 from ..runtime import check_runtime, cores, import_optional
 from ..runtime.pytorch import ServedModel, eager, warm_up_size
-from .accuracy import compare, outputs, read_labels, report_text
+from .accuracy import compare, outputs, read_labels, read_pixels, report_text
 from .dataset import split_photos
 from .learner import ExportError
 from .program import capture_served, input_shape
@@ -63,14 +63,14 @@ def convert(
         train, valid = calibration_images(calibrate)
         labels = read_labels(valid, calibrate, preprocessor)
     noise = (255 * np.random.default_rng(0).random((4, *warm_up_size(config)))).astype(config.dtype)
-    inputs = [preprocessor(path.read_bytes()) for path in valid] or list(noise)
+    inputs = [read_pixels(path, preprocessor) for path in valid] or list(noise)
     original = outputs(eager(config, folder), inputs)
 
     if precision == "bf16" and not has_bf16():
         print("this processor has no bf16: measured in fp32, as it would be served here")
     tries = [to_openvino(config, folder)]
     if precision == "int8":
-        samples = [preprocessor(path.read_bytes())[None] for path in train]
+        samples = [read_pixels(path, preprocessor)[None] for path in train]
         tries = quantized(tries[0], samples, inputs, labels, original, config, max_drop)
 
     def measure(candidate, inputs: list[np.ndarray]) -> dict:
@@ -136,7 +136,7 @@ def fast_inputs(config: Config, folder: Path | str, photos: list[Path], exact: l
         ExportError: they are the same, since no photo is a JPEG that is large enough.
     """
     preprocessor = Preprocessor(dataclasses.replace(config, decode="fast"), folder)
-    inputs = [preprocessor(path.read_bytes()) for path in photos]
+    inputs = [read_pixels(path, preprocessor) for path in photos]
     if all(map(np.array_equal, inputs, exact)):
         assert config.resize  # see check_fast_decoding
         h, w = config.resize["size"]

@@ -16,11 +16,13 @@ PHOTO_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".g
 def list_photos(folder: Path | str) -> list[Path]:
     """The photos in `folder`/images, or in `folder` itself where there is no such folder, sorted by name.
 
-    Where there are none, those in its own folders: one for each class.
+    Where there are none, those in its own folders: one for each class. Hidden files are left out, as by fastai.
     """
     images = Path(folder, "images")
     images = images if images.is_dir() else Path(folder)
-    photos = [sorted(p for p in images.glob(form) if p.suffix.lower() in PHOTO_SUFFIXES) for form in ("*", "*/*")]
+    photos = [
+        sorted(p for p in images.glob(form) if p.suffix.lower() in PHOTO_SUFFIXES) for form in ("[!.]*", "[!.]*/[!.]*")
+    ]
     return photos[0] or photos[1]
 
 

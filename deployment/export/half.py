@@ -12,7 +12,7 @@ from ..config import Config
 from ..photos import Preprocessor
 from ..runtime import cuda
 from ..runtime.pytorch import ServedModel
-from .accuracy import compare, read_labels, report_text
+from .accuracy import compare, read_labels, read_pixels, report_text
 from .dataset import split_photos
 from .learner import ExportError
 
@@ -49,7 +49,7 @@ def half_precision(
     half = cuda.placed(ServedModel(config, folder, exact=False, device=device), device, precision)
     original, converted = [], []
     for path in valid:
-        pixels = torch.from_numpy(np.stack([preprocessor(path.read_bytes())]))
+        pixels = torch.from_numpy(np.stack([read_pixels(path, preprocessor)]))
         if path == valid[0]:
             check_it_runs(half, pixels, precision)
             half.network.to(torch.float32 if emulated else dtype)
