@@ -426,6 +426,21 @@ def test_half_precision_that_answers_with_nan_is_refused(small_store, camvid_fol
         half_precision(config, small_store, "fp16", unlabeled)
 
 
+def test_photos_that_half_precision_cannot_be_measured_on_are_named(small_store, camvid_folder, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    with pytest.raises(ExportError, match="holds no photos"):
+        half_precision(SMALL, small_store, "fp16", tmp_path)
+    for i in range(4):
+        shutil.copy(camvid_folder / "images" / f"{i}.png", images)
+    with pytest.raises(ExportError, match="4 photos.* none to measure fp16 on: .*five.*valid.txt"):
+        half_precision(SMALL, small_store, "fp16", tmp_path)
+    (images / "3.png").write_bytes(b"no image")
+    (tmp_path / "valid.txt").write_text("3.png")
+    with pytest.raises(ExportError, match=r"3\.png: not an image"):
+        half_precision(SMALL, small_store, "fp16", tmp_path)
+
+
 def test_an_archive_for_a_gpu_says_what_half_precision_brings():
     assert "--precision fp16 --calibrate" in about_half_precision(SMALL)
     assert "CPU" in about_half_precision(dataclasses.replace(SMALL, runtime="openvino"))

@@ -35,9 +35,12 @@ def half_precision(
         return config
     if not calibrate:
         raise ExportError(f"{precision} must be measured: name a folder of your photos with --calibrate")
-    preprocessor, valid = Preprocessor(config, folder), split_photos(calibrate)[1]
+    preprocessor, (train, valid) = Preprocessor(config, folder), split_photos(calibrate)
+    if not valid and train:
+        why = f"has {len(train)} photos, but none to measure {precision} on: give five, or name some in valid.txt"
+        raise ExportError(f"{calibrate} {why}")
     if not valid:
-        raise ExportError(f"{calibrate} holds no images to measure {precision} on")
+        raise ExportError(f"{calibrate} holds no photos (png, jpg, bmp, webp, tiff, gif)")
     labels = read_labels(valid, calibrate, preprocessor)
     dtype, device = cuda.TYPES[precision], torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     emulated = device.type == "cpu" or precision == "bf16" and not cuda.has_bf16(device)
