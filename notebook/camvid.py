@@ -161,7 +161,7 @@ def read_codes(path: Path) -> list[str]:
         DataError: there is no codes.txt, or it is empty.
     """
     try:
-        codes = (path / "codes.txt").read_text(encoding="utf-8").split("\n")
+        codes = (path / "codes.txt").read_text(encoding="utf-8-sig").split("\n")
     except OSError as e:
         raise DataError(
             f"{path.name}/codes.txt cannot be read ({e.strerror}). It lists the class names, one a line, in the order "

@@ -97,3 +97,9 @@ def test_a_limit_that_is_no_number_lets_nothing_pass():
         first_good([object()], lambda _: {"photos": 1, "agreement": 1.0, "drop": 0.0}, "bf16", math.nan)
 
 
+def test_labels_as_excel_writes_them_are_read(tmp_path):
+    photos = [tmp_path / "0.png", tmp_path / "1.png"]
+    (tmp_path / "labels.csv").write_text("0.png,Tree\n1.png,Sky\n", encoding="utf-8-sig")
+    config = dataclasses.replace(SMALL, task="classification")
+    labels = read_labels(photos, tmp_path, Preprocessor(config))
+    assert [label.argmax().item() for label in labels] == [2, 0]

@@ -281,6 +281,11 @@ def test_batches(folder, modeling):
     assert photos.shape == (4, 3, 48, 64) and masks.shape == (4, 48, 64)
 
 
+def test_class_names_are_read_as_editors_write_them(folder):
+    (folder / "codes.txt").write_text("Sky\r\nVOID\r\nRoad\r\n", encoding="utf-8-sig", newline="")
+    assert camvid.read_codes(folder) == ["Sky", "VOID", "Road"]
+
+
 @pytest.mark.parametrize(
     "codes, index", [(CODES, 11), (["void", "Road"], 0), (["Animal", "Road", "VOID"], 2), (["Avoid", "Road"], None)]
 )

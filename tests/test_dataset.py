@@ -13,7 +13,7 @@ NAMES = ["b.png", "a.JPG", "d.e.png", "c.tiff", "f g.webp"]
 @pytest.fixture
 def folder(tmp_path) -> Path:
     (tmp_path / "images").mkdir()
-    for name in [*NAMES, "notes.txt"]:
+    for name in [*NAMES, "notes.txt", "._b.png"]:  # macOS writes the last
         (tmp_path / "images" / name).touch()
     return tmp_path
 
@@ -36,11 +36,12 @@ def test_a_label_lies_beside():
         "b\nd.e\nf g\n",
         "b\r\nd.e.png\r\n\r\nf g.webp",
         "  b.png\nd.e\nf g\nno such photo\n",
+        "\ufeffb.png\nd.e.png\nf g.webp\n",
     ],
-    ids=["names", "stems", "both", "more"],
+    ids=["names", "stems", "both", "more", "Excel"],
 )
 def test_valid_txt_has_names_or_stems(listing, folder):
-    (folder / "valid.txt").write_text(listing, newline="")
+    (folder / "valid.txt").write_text(listing, encoding="utf-8", newline="")
     train, valid = split_photos(folder)
     assert [p.name for p in train] == ["a.JPG", "c.tiff"]
     assert [p.name for p in valid] == ["b.png", "d.e.png", "f g.webp"]

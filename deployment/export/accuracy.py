@@ -39,7 +39,7 @@ def read_labels(photos: list[Path], folder: Path | str, preprocessor: Preprocess
         return [read_label(path, preprocessor) for path in photos] if label_of(photos[0]).exists() else None
     listing = Path(folder, "labels.csv")
     if listing.is_file():
-        with listing.open(newline="", encoding="utf-8") as file:
+        with listing.open(newline="", encoding="utf-8-sig") as file:
             lines = {line[0]: line[1:] for line in csv.reader(file) if line}
         given = [lines.get(path.name) or lines.get(path.relative_to(folder).as_posix()) for path in photos]
     elif config.task == "classification" and all(path.parent.name in config.classes for path in photos):

@@ -33,7 +33,7 @@ def split_photos(folder: Path | str) -> tuple[list[Path], list[Path]]:
     """
     photos, listing = list_photos(folder), Path(folder, "valid.txt")
     if listing.is_file():
-        listed = {line.strip() for line in listing.read_text(encoding="utf-8").splitlines()}
+        listed = {line.strip() for line in listing.read_text(encoding="utf-8-sig").splitlines()}
         chosen = {photo for photo in photos if photo.name in listed or photo.stem in listed}
     else:
         order = torch.randperm(len(photos), generator=torch.Generator().manual_seed(42)).tolist()
