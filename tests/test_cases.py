@@ -304,6 +304,11 @@ def of_64(folder: Path) -> None:
         draw_photo(i, (64, 64)).save(folder / f"{i}.png")
 
 
+def of_200(folder: Path) -> None:
+    for i in range(3):
+        draw_photo(i, (200, 120)).save(folder / f"{i}.png")
+
+
 def narrow_and_wide(folder: Path) -> None:
     draw_photo(1, (160, 120)).save(folder / "narrow.png")
     draw_photo(2, (260, 120)).save(folder / "wide.png")
@@ -397,6 +402,9 @@ CASES = {
     "C8 a small ViT": Case(classifier(network=vit, size=(64, 64), item_tfms=[]), EQUAL, of_64),
     "C a branch on the size": Case(
         classifier(network=Twofold, size=(160, 120), item_tfms=[]), EQUAL, narrow_and_wide, said="widths from 1 to 200"
+    ),
+    "C … between the photos' size and the next that is odd": Case(
+        classifier(network=Twofold, size=(200, 120), item_tfms=[]), EQUAL, of_200, said="200 × 120 pixels alone"
     ),
     # D. wrappers and memory layouts
     "D9 torch.compile": Case(classifier(network=lambda: torch.compile(Small(), backend="eager")), EQUAL),

@@ -230,13 +230,16 @@ def write_program(
     Where images keep their own size, it takes every size if torch.export can leave it free, else that of the first
     image alone; where the network branches on the size, those on its side of the branch. What it takes is printed.
     """
-    channels = config.options.get("n_in", 3)
-    program = capture_network(model, pipeline.own, (channels, *config.img_size), config.keeps_image_size)
+    h, w = config.img_size
+    shape = (config.options.get("n_in", 3), h, w)
+    program = capture_network(model, pipeline.own, shape, config.keeps_image_size)
+    sides = free_sides(program) if config.keeps_image_size else None
+    if not dataclasses.replace(config, sides=sides).takes_size((w, h)):  # it branches between them and `odd` ones
+        program = capture_network(model, pipeline.own, shape, free_size=False)
+        sides = None
     torch.export.save(program, folder / config.model_file)
     if not config.keeps_image_size:
         return config, images
-    sides = free_sides(program)
-    h, w = config.img_size
     if sides is None:
         print(f"torch.export cannot leave the size of images free for this network: it takes {w} × {h} pixels alone")
         sides = [[h, h], [w, w]]
