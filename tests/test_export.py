@@ -340,6 +340,17 @@ def test_reads_the_architecture_off_the_model_alone(data):
     assert (config.arch, config.options) == ("resnet34", expected)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_learner_is_as_it_was_after_its_proof(data, training):
+    learner = make(data)
+    learner.model.train(training)
+    learner.model[0].eval()  # as frozen layers are
+    before = [part.training for part in learner.model.modules()]
+    with on_cpu(learner) as model:
+        assert not any(part.training for part in model.modules())
+    assert [part.training for part in learner.model.modules()] == before
+
+
 # --- the command line ---
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -439,6 +440,26 @@ def test_photos_that_half_precision_cannot_be_measured_on_are_named(small_store,
     (tmp_path / "valid.txt").write_text("3.png")
     with pytest.raises(ExportError, match=r"3\.png: not an image"):
         half_precision(SMALL, small_store, "fp16", tmp_path)
+
+
+@pytest.fixture
+def tf32() -> Iterator[tuple]:
+    """The two switches of TF32, which are on, as a program may have them."""
+    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = True
+    yield backends
+    for backend, allowed in zip(backends, before, strict=True):
+        backend.allow_tf32 = allowed
+
+
+def test_half_precision_leaves_tf32_as_it_was(small_store, camvid_folder, tf32):
+    half_precision(SMALL, small_store, "fp16", camvid_folder, max_drop=100)
+    assert all(backend.allow_tf32 for backend in tf32)
+    with pytest.raises(ExportError, match="more than --max-drop nan"):
+        half_precision(SMALL, small_store, "fp16", camvid_folder, max_drop=math.nan)
+    assert all(backend.allow_tf32 for backend in tf32)
 
 
 def test_an_archive_for_a_gpu_says_what_half_precision_brings():

@@ -1,6 +1,8 @@
 """Half precision for a GPU: what it costs in accuracy, measured before it is chosen."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -47,17 +49,17 @@ def half_precision(
     if emulated:
         print(f"no GPU here that computes in {precision}: it is emulated on the CPU")
         device = torch.device("cpu")
-    cuda.use_all_of_float32()
     model = cuda.placed(ServedModel(config, folder, exact=False, device=device), device)
     half = cuda.placed(ServedModel(config, folder, exact=False, device=device), device, precision)
     original, converted = [], []
-    for path in valid:
-        pixels = torch.from_numpy(np.stack([read_pixels(path, preprocessor)]))
-        if path == valid[0]:
-            check_it_runs(half, pixels, precision)
-            half.network.to(torch.float32 if emulated else dtype)
-        original.append(cuda.compute(model, pixels, torch.float32).cpu())
-        converted.append(emulate(half, pixels, dtype) if emulated else cuda.compute(half, pixels, dtype).cpu())
+    with all_of_float32():
+        for path in valid:
+            pixels = torch.from_numpy(np.stack([read_pixels(path, preprocessor)]))
+            if path == valid[0]:
+                check_it_runs(half, pixels, precision)
+                half.network.to(torch.float32 if emulated else dtype)
+            original.append(cuda.compute(model, pixels, torch.float32).cpu())
+            converted.append(emulate(half, pixels, dtype) if emulated else cuda.compute(half, pixels, dtype).cpu())
     report = compare(config, original, converted, labels)
     print(report_text(report))
     if not report.get("drop", 0) <= max_drop:  # so NaN does not pass either
@@ -65,6 +67,19 @@ def half_precision(
     if "drop" not in report and not report["agreement"] >= MIN_AGREEMENT:
         raise ExportError(f"only {report['agreement']:.2%} of the answers are in {precision} as in fp32")
     return dataclasses.replace(config, accuracy=report)
+
+
+@contextlib.contextmanager
+def all_of_float32() -> Iterator[None]:
+    """Within the block a GPU computes as `cuda.use_all_of_float32` says, and after it as the program had it."""
+    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [backend.allow_tf32 for backend in backends]
+    cuda.use_all_of_float32()
+    try:
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
 
 
 def check_it_runs(half: ServedModel, pixels: torch.Tensor, precision: str) -> None:

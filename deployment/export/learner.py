@@ -177,6 +177,7 @@ def on_cpu(learner) -> Iterator[torch.nn.Module]:
     require_network(model)
     tensors = [*model.parameters(), *model.buffers()]
     data = [tensor.data for tensor in tensors]
+    training = {part: part.training for part in model.modules()}
     compiled = {part: part._compiled_call_impl for part in model.modules() if part._compiled_call_impl is not None}
     try:
         learner.model = model.eval()
@@ -191,5 +192,7 @@ def on_cpu(learner) -> Iterator[torch.nn.Module]:
             tensor.data = value
         for part, call in compiled.items():
             part._compiled_call_impl = call
+        for part, was_training in training.items():
+            part.training = was_training
         learner.dls.to(device)
         learner.model = before
