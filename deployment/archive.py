@@ -111,7 +111,7 @@ def make_archive(folder: Path | str, name: str = "fastunet", version: str = "1.0
     It appears whole or not at all, and beside it its digest, `check_digest`'s. The command that does it is printed.
 
     Raises:
-        ArchiveError: a file is missing, or torch-model-archiver is, or it failed.
+        ArchiveError: a file is missing, or torch-model-archiver is, or it failed; the folder's path has a comma.
     """
     folder = Path(folder)
     config = checked_config(folder)
@@ -120,6 +120,8 @@ def make_archive(folder: Path | str, name: str = "fastunet", version: str = "1.0
     if not program:
         raise ArchiveError("torch-model-archiver is not installed: pip install torch-model-archiver")
     target = folder / f"{name}.mar"
+    if "," in shown(folder):  # it splits --extra-files there
+        raise ArchiveError(f"{folder}: torch-model-archiver takes no path with a comma: rename it, or work inside it")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".archive-") as scratch:
         code = Path(scratch, "code")
         for file in code_files(config):

@@ -167,6 +167,14 @@ def test_a_failed_run_leaves_the_archive_that_was_there(store, monkeypatch, caps
     assert sorted(p.name for p in store.iterdir()) == ["fastunet.mar", "fastunet.pth", "model-config.yaml"]
 
 
+def test_a_comma_in_the_folder_s_path_is_refused_unless_the_path_is_short_without_it(store, monkeypatch):
+    store = store.rename(store.parent / "a, b")
+    with pytest.raises(ArchiveError, match=r"a, b: torch-model-archiver takes no path with a comma"):
+        make_archive(store)
+    monkeypatch.chdir(store)
+    assert content(make_archive(".")) == CONTENT
+
+
 def test_without_the_archiver_it_says_what_to_install(store, monkeypatch):
     monkeypatch.setattr(archive.shutil, "which", lambda *_, **__: None)
     with pytest.raises(ArchiveError, match="pip install torch-model-archiver"):
