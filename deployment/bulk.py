@@ -62,7 +62,8 @@ def run(options: argparse.Namespace) -> tables.Output:
     parameters = read_parameters(options, task)
     files, folder, prefix = tables.locate(options.photos)
     output = tables.Output(options.out, json.dumps({"archive": hashlib.sha256(data).hexdigest()} | parameters))
-    sizes = tables.sizes_in(files, folder)
+    listed = tables.sizes_in(files, folder)
+    sizes = {path: size for path, size in listed.items() if prefix + path not in output.found}
     if not sizes:
         raise ValueError(f"no file in {options.photos}")
     left = {path: size for path, size in sizes.items() if prefix + path not in output.paths}

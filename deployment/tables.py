@@ -64,13 +64,14 @@ class Output:
     """
 
     def __init__(self, place: str, made_by: str):
-        self.files, self.folder, _ = locate(place)
+        self.files, self.folder, prefix = locate(place)
         self.made_by, self.rows, self.errors = {"made_by": made_by}, [], 0
         self.paths: set[str] = set()  # that have a row
         found = [info.path for info in self.files.get_file_info(fs.FileSelector(self.folder, allow_not_found=True))]
         for path in [path for path in found if re.search(r"/\.[^/]+\.parquet$", path)]:
             self.files.delete_file(path)  # a run was killed while it wrote it
         whole = [path for path in found if re.search(r"/[^./][^/]*\.parquet$", path)]
+        self.found = {prefix + path for path in whole}  # files of earlier runs, which are no images
         if whole:
             before = dataset.dataset(whole, filesystem=self.files)
             if (before.schema.metadata or {}).get(b"made_by") != made_by.encode():
