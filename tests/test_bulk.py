@@ -363,6 +363,19 @@ def test_rows_hold_what_answers_hold(task, tmp_path):
     }
 
 
+def test_a_folder_is_listed_without_what_links_lead_to(tmp_path):
+    (tmp_path / "photos" / "a").mkdir(parents=True)
+    (tmp_path / "photos" / "a" / "1.png").write_bytes(b"image")
+    (tmp_path / "photos" / "link.png").symlink_to("a/1.png")
+    (tmp_path / "photos" / "nowhere.png").symlink_to("gone.png")
+    (tmp_path / "photos" / "itself.png").symlink_to("itself.png")
+    (tmp_path / "photos" / "loop").symlink_to(".")
+    files, folder, _ = tables.locate(str(tmp_path / "photos"))
+    assert tables.sizes_in(files, folder) == {f"{folder}/a/1.png": 5, f"{folder}/link.png": 5}
+    with pytest.raises(FileNotFoundError, match="none"):
+        tables.sizes_in(files, str(tmp_path / "none"))
+
+
 def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     rows = pa.table({"path": ["a.png"], "error": pa.array([None], tables.ERROR)})
     output = tables.Output(str(tmp_path), "a model")
