@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> tables.Output:
         OSError, ValueError, Rejected: there is no such archive or folder, no file in it, or an option does not fit.
         RuntimeError, ray.exceptions.RayError: the cluster, or the model, failed.
     """
-    archive, _ = find_archive(options.model_store)
+    archive, _ = find_archive(options.model_store, options.name)
     task, data = read_task(archive), archive.read_bytes()
     parameters = read_parameters(options, task)
     files, folder, prefix = tables.locate(options.photos)
@@ -97,6 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m deployment.bulk", description=__doc__.splitlines()[0])
     parser.add_argument("photos", help="a folder, gs://BUCKET/FOLDER or s3://BUCKET/FOLDER")
     parser.add_argument("--model-store", default="model_store", help="folder of the archive (default: %(default)s)")
+    parser.add_argument("--name", help="of the archive, where there are several (default: fastunet)")
     parser.add_argument("--out", required=True, help="folder for the Parquet files, also gs:// or s3://")
     parser.add_argument("--format", choices=tables.PICTURES, help="of a mask, as over HTTP (default: png)")
     parser.add_argument("--size", choices=SIZES, help="of a mask, as over HTTP")

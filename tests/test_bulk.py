@@ -419,6 +419,16 @@ def test_wrong_use_gets_one_line(archive, tmp_path, capsys):
     assert not ray.is_initialized()
 
 
+def test_one_of_several_archives_is_chosen_by_name(archive, tmp_path, capsys):
+    for name in ("a", "b"):
+        shutil.copy(archive / "fastunet.mar", tmp_path / f"{name}.mar")
+    (tmp_path / "photos").mkdir()
+    for options, message in (([], "choose with --name"), (["--name=b"], "no file in")):
+        with pytest.raises(SystemExit):
+            bulk.main([str(tmp_path / "photos"), f"--model-store={tmp_path}", f"--out={tmp_path / 'out'}", *options])
+        assert message in capsys.readouterr().err
+
+
 def test_a_block_holds_as_many_files_as_it_may():
     sizes = {f"{i}": 1000 for i in range(40)} | {"big": 2**40, "a": 20 * 2**20, "b": 12 * 2**20, "c": 1}
     blocks = actors.blocks_of(sizes)
