@@ -80,11 +80,11 @@ def run(options: argparse.Namespace) -> tables.Output:
         missing = [path for path in left if prefix + path not in output.paths]  # unreadable, or of a block that failed
         for table in compute([[path] for path in missing], True, *settings) if missing else ():
             output.add(table)
-        lost = [prefix + path for path in missing if prefix + path not in output.paths]
-        if len(lost) == len(left):
+        lost = [path for path in missing if prefix + path not in output.paths]
+        if len(lost) == len(left) and any(tables.is_readable(files, path) for path in lost):
             raise RuntimeError("none of the images could be computed: Ray's logs in /tmp/ray say why")
         if lost:
-            output.add(pa.Table.from_pylist([{"path": path, "error": UNREADABLE} for path in lost], schema))
+            output.add(pa.Table.from_pylist([{"path": prefix + path, "error": UNREADABLE} for path in lost], schema))
     finally:
         output.write()
         output.show(end="\n")
@@ -109,7 +109,8 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except FAULTS as error:
-        print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)  # of a stack the reason
+        message = str(error).strip() or type(error).__name__
+        print(f"error: {message.splitlines()[-1]}", file=sys.stderr)  # of a stack the reason
         sys.exit(2)
     if output.errors:
         print(f"{output.errors} of {len(output.paths)} images have an error", file=sys.stderr)

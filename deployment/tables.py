@@ -75,6 +75,16 @@ def sizes_here(folder: str) -> dict[str, int]:
     return sizes
 
 
+def is_readable(files: fs.FileSystem, path: str) -> bool:
+    """Whether the file at `path` can be read from this machine."""
+    try:
+        with files.open_input_stream(path, compression=None) as file:
+            file.read(1)
+    except OSError:
+        return False
+    return True
+
+
 class Output:
     """The answers in a folder: those of earlier runs, and those that are added, with a line about them in the terminal.
 

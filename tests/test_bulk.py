@@ -177,6 +177,19 @@ def test_a_killed_run_goes_on_and_leaves_nothing_behind(archive, tmp_path):
     assert len(rows_in(out)) == 153 and first.items() <= files_in(out).items()  # what was there is as it was
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_name_that_is_no_text_is_a_row_with_an_error(archive, tmp_path):
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    Path(os.fsdecode(bytes(photos) + b"/caf\xe9.png")).write_bytes(encoded(draw_photo(1)))
+    done = run(photos, archive, out)
+    assert done.returncode == 1 and done.stderr.endswith("\n1 of 1 images have an error\n"), done.stderr
+    [(path, row)] = rows_in(out).items()
+    assert path == f"{photos}/caf\\xe9.png" and row["error"] == bulk.UNREADABLE
+    again = run(photos, archive, out)
+    assert again.returncode == 1 and again.stderr.startswith("1 files, of which 1 are answered")
+
+
 def start(*arguments, **options) -> subprocess.Popen:
     """The command under way, which writes a file twice a second."""
     argv = command(*arguments, **options, writes="often")
@@ -427,6 +440,16 @@ def test_one_of_several_archives_is_chosen_by_name(archive, tmp_path, capsys):
         with pytest.raises(SystemExit):
             bulk.main([str(tmp_path / "photos"), f"--model-store={tmp_path}", f"--out={tmp_path / 'out'}", *options])
         assert message in capsys.readouterr().err
+
+
+def test_an_error_without_words_is_named_by_its_class(tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise TimeoutError
+
+    monkeypatch.setattr(bulk, "find_archive", fail)
+    with pytest.raises(SystemExit) as exit:
+        bulk.main([str(tmp_path), "--out=out"])
+    assert exit.value.code == 2 and capsys.readouterr().err == "error: TimeoutError\n"
 
 
 def test_a_block_holds_as_many_files_as_it_may():
