@@ -479,9 +479,12 @@ def test_check_and_a_stop_that_loses_nothing(kind, model_store, tmp_path, photo,
 
 
 def test_says_how_to_call_it_once_it_is_ready_and_an_interrupt_is_quiet(kind, model_store, tmp_path, photo):
-    log = tmp_path / "server.log"
-    with foreground(model_store, tmp_path, "--auth", "--name=fastune", SERVER=kind, **ONE_WORKER) as (process, ports):
+    log, settings = tmp_path / "server.log", {"SERVER": kind, "TMPDIR": str(tmp_path)} | ONE_WORKER
+    with foreground(model_store, tmp_path, "--auth", "--name=fastune", **settings) as (process, ports):
         wait_for(lambda: "ready: " in log.read_text())
+        unpacked = [path.parents[2] for path in tmp_path.glob("*/models/*/handler.py")]
+        assert len(unpacked) == (kind == "torchserve")  # in a folder that no other user can read or make before
+        assert all(folder.stat().st_mode & 0o777 == 0o700 for folder in unpacked)
         lines = log.read_text().splitlines()
         url, key_file = f"http://127.0.0.1:{ports['port']}/predictions/fastune", tmp_path / "key_file.json"
         assert lines[-1] == (
@@ -498,7 +501,7 @@ def test_says_how_to_call_it_once_it_is_ready_and_an_interrupt_is_quiet(kind, mo
         process.send_signal(signal.SIGINT)
         assert process.wait(120) == 0
         assert not psutil.wait_procs(children, timeout=10)[1]
-        assert "Traceback" not in log.read_text()
+        assert "Traceback" not in log.read_text() and not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
 def serves(kind: str, ports: dict[str, int], name: str = "fastunet") -> bool:
@@ -587,7 +590,7 @@ def test_tokens_of_uvicorn(model_store, tmp_path, photo):
 
 def test_tokens_local_models_only_and_no_worker_outlives_java(model_store, tmp_path, photo):
     """One server for three questions: tokens, a model API that the environment cannot switch on, and a killed Java."""
-    settings = {"TS_ENABLE_MODEL_API": "true"} | ONE_WORKER
+    settings = {"TS_ENABLE_MODEL_API": "true", "TMPDIR": str(tmp_path)} | ONE_WORKER
     with foreground(model_store, tmp_path, "--auth", ELSEWHERE, **settings) as (process, ports):
         wait_for(lambda: is_open("127.0.0.1", ports["port"]))
         key_file = tmp_path / "key_file.json"
@@ -623,6 +626,7 @@ def test_tokens_local_models_only_and_no_worker_outlives_java(model_store, tmp_p
         java.kill()
         _, alive = psutil.wait_procs(workers, timeout=45)
         assert not alive and process.wait(10) != 0
+        assert not [path for path in tmp_path.iterdir() if path.is_dir()]  # nothing is left of the unpacked archive
 
 
 def test_a_port_that_is_taken_is_named(model_store, server, ports):

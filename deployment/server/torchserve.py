@@ -186,13 +186,29 @@ def torchserve(
     options = {**dict(ports), **options}
     argv, env = command(model_store, **options)
     name = find_archive(model_store, options.get("name"))[1]
-    with tempfile.TemporaryDirectory(prefix="torchserve-") as scratch:
+    with scratch_folder() as scratch:
         folder = Path(folder or scratch)
         log = folder / "torchserve.log"
         streams = {"stdout": (output := log.open("wb")), "stderr": subprocess.STDOUT}
+        argv = keeping_to(scratch, argv)
         with output, started(argv, env | {"TMPDIR": scratch}, cwd=folder, **streams) as server:
             wait_until_ready(server, options["management_port"], log, timeout, name)
             yield f"http://127.0.0.1:{options['port']}"
+
+
+def scratch_folder() -> tempfile.TemporaryDirectory:
+    """A folder for this user alone, with a short name: the path of a worker's socket in it may have 107 bytes."""
+    return tempfile.TemporaryDirectory(prefix="ts-", ignore_cleanup_errors=True)
+
+
+def keeping_to(scratch: str, argv: list[str]) -> list[str]:
+    """`argv` of `command`, so that TorchServe unpacks the archive in `scratch`, and has its workers' sockets there.
+
+    By itself it unpacks into /tmp/models, whatever TMPDIR says. That is the first user's, who keeps others from
+    starting TorchServe, or could give them other code; and what a killed server unpacked there stays.
+    """
+    program, *rest = argv
+    return [program, f"-Djava.io.tmpdir={scratch}", *rest]
 
 
 # Straight to this machine, whatever http_proxy says.
@@ -274,7 +290,10 @@ def run(
     stopping, seen, ready = threading.Event(), set(), False
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
-    with printed(HARMLESS) as (output, said), started(argv, env, cwd=folder, stdout=output, stderr=output) as server:
+    with contextlib.ExitStack() as stack:
+        argv = keeping_to(stack.enter_context(scratch_folder()), argv)
+        output, said = stack.enter_context(printed(HARMLESS))
+        server = stack.enter_context(started(argv, env, cwd=folder, stdout=output, stderr=output))
         while server.poll() is None and not stopping.wait(0.5):
             if not ready and (workers := workers_of(management_port, folder, name)):
                 ready = any(worker["status"] == "READY" for worker in workers)
