@@ -20,7 +20,7 @@ from urllib.parse import quote
 from .archive import check_digest, fetch, find_archive, runtime_of
 from .server.front import open_front
 from .server.processes import free_ports, own_folder, own_route, reserve_port
-from .server.torchserve import DIRECT, command, ignored_variables, is_ready, run
+from .server.torchserve import DIRECT, command, ignored_variables, is_ready, run, served_name
 
 SAMPLE = "sample/street_view_of_a_small_neighborhood.png"  # of this repository
 
@@ -96,8 +96,10 @@ def can_answer(options: argparse.Namespace, folder: Path) -> bool:
     """What --check asks: whether the server that was started with the same options in `folder` can answer."""
     if options.server == "uvicorn":
         return is_healthy(options.port)
-    name = options.name or find_archive(options.model_store)[1]
-    return is_open(options.host, options.port) and is_ready(options.management_port, folder, name)
+    if not is_open(options.host, options.port):
+        return False
+    name = options.name or served_name(options.management_port, folder)
+    return is_ready(options.management_port, folder, name)
 
 
 def check_gpu(archive: Path) -> None:

@@ -448,12 +448,12 @@ def answers(url: str) -> bool:
         return False
 
 
-def check(ports: dict[str, int], folder: Path, name: str, **environment: str) -> int:
+def check(ports: dict[str, int], folder: Path, *arguments: str, **environment: str) -> int:
     """The exit status of `python -m deployment.serve --check`."""
     command = [sys.executable, "-m", "deployment.serve", "--check", f"--management-port={ports['management_port']}"]
     command.append(f"--port={ports['port']}")
     env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
-    return subprocess.run([*command, f"--name={name}"], env=env, cwd=folder).returncode
+    return subprocess.run([*command, *arguments], env=env, cwd=folder).returncode
 
 
 def test_check_and_a_stop_that_loses_nothing(kind, model_store, tmp_path, photo, predict):
@@ -461,10 +461,10 @@ def test_check_and_a_stop_that_loses_nothing(kind, model_store, tmp_path, photo,
     settings = {"http_proxy": dead, "HTTP_PROXY": dead, "no_proxy": "", "NO_PROXY": "", "SERVER": kind}
     with foreground(model_store, tmp_path, "--name", "street", **settings) as (process, ports):
         url, route = f"http://127.0.0.1:{ports['port']}", "/predictions/street"
-        assert check(ports, tmp_path, "street", **settings) == 1  # it has not even begun
+        assert check(ports, tmp_path, "--name=street", **settings) == 1  # it has not even begun
         wait_for(lambda: serves(kind, ports, "street"))
-        assert check(ports, tmp_path, "street", **settings) == 0
-        assert kind == "uvicorn" or check(ports, tmp_path, "another") == 1
+        assert check(ports, tmp_path, "--name=street", **settings) == 0
+        assert kind == "uvicorn" or check(ports, tmp_path, "--name=another") == 1
         body = {"instances": [{"b64": b64(photo)}] * 4}
         with ThreadPoolExecutor(3) as pool:
             sent = [pool.submit(httpx.post, url + route, json=body, timeout=300) for _ in range(3)]
@@ -475,7 +475,7 @@ def test_check_and_a_stop_that_loses_nothing(kind, model_store, tmp_path, photo,
                 masks = [mask_of(p) for p in answer.result().json()["predictions"]]
                 assert all(np.array_equal(mask, predict(photo)) for mask in masks)
         assert process.wait(120) == 0
-        assert check(ports, tmp_path, "street", SERVER=kind) == 1
+        assert check(ports, tmp_path, "--name=street", SERVER=kind) == 1
 
 
 def test_says_how_to_call_it_once_it_is_ready_and_an_interrupt_is_quiet(kind, model_store, tmp_path, photo):
@@ -554,6 +554,7 @@ def test_on_ai_platform_the_port_opens_when_an_answer_can_be_given(kind, model_s
         url = f"http://127.0.0.1:{ports['port']}"
         wait_for(lambda: answers(f"{url}/ping"))
         assert serves(kind, ports)
+        assert check(ports, tmp_path, **settings) == 0  # knowing neither the archive nor its name
         assert answers(url + model) and not answers(f"{url}/v1")
         for route in (f"{model}:predict", PREDICT):
             answer = httpx.post(url + route, content=photo, headers={"accept": "image/png"}, timeout=60)

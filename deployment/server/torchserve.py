@@ -221,13 +221,28 @@ def model_status(management_port: int, folder: Path | str = ".", name: str = "fa
     Raises:
         OSError: nobody answers, or not with 200 (the error is urllib's HTTPError then).
     """
-    path = urllib.parse.quote(f"/models/{name}")
+    return managed(management_port, folder, urllib.parse.quote(f"/models/{name}"))[0]
+
+
+def served_name(management_port: int, folder: Path | str = ".") -> str:
+    """The name of the one model that TorchServe has.
+
+    Raises:
+        OSError: as `model_status`.
+        ValueError: it has none, or several.
+    """
+    [model] = managed(management_port, folder, "/models")["models"]
+    return model["modelName"]
+
+
+def managed(management_port: int, folder: Path | str, path: str) -> Any:
+    """What the management API answers at `path`, with the key that TorchServe wrote in `folder`, if it asks for one."""
     request = urllib.request.Request(f"http://127.0.0.1:{management_port}{path}")
     with contextlib.suppress(FileNotFoundError, KeyError):  # TorchServe writes it when it asks for tokens
         keys = json.loads(Path(folder, "key_file.json").read_text())
         request.add_header("Authorization", f"Bearer {keys['management']['key']}")
     with DIRECT.open(request, timeout=5) as answer:
-        return json.load(answer)[0]
+        return json.load(answer)
 
 
 def is_ready(management_port: int, folder: Path | str = ".", name: str = "fastunet") -> bool:
