@@ -596,7 +596,8 @@ def test_tokens_local_models_only_and_no_worker_outlives_java(model_store, tmp_p
         wait_for(lambda: is_open("127.0.0.1", ports["port"]))
         key_file = tmp_path / "key_file.json"
         assert key_file.stat().st_mode & 0o777 == 0o600
-        keys = {name: key.get("key") for name, key in json.loads(key_file.read_text()).items()}
+        written = key_file.read_text()
+        keys = {name: key.get("key") for name, key in json.loads(written).items()}
         url = f"http://127.0.0.1:{ports['port']}{PREDICT}"
         management = f"http://127.0.0.1:{ports['management_port']}/models"
         with_key = {name: {"Authorization": f"Bearer {key}"} for name, key in keys.items()}
@@ -620,6 +621,14 @@ def test_tokens_local_models_only_and_no_worker_outlives_java(model_store, tmp_p
             assert 400 <= answer.status_code < 500, (source, answer.text)
         models = httpx.get(management, headers=with_key["management"]).json()["models"]
         assert [model["modelName"] for model in models] == ["fastunet"]
+
+        # TorchServe refuses a key that has expired as it refuses a wrong one.
+        key_file.write_text(json.dumps(json.loads(key_file.read_text()) | {"management": {"key": "no longer"}}))
+        assert check(ports, tmp_path) == 0
+        renewed = json.loads(key_file.read_text())
+        assert {**renewed, "management": None} == {**json.loads(written), "management": None}
+        assert renewed["management"]["key"] not in ("no longer", keys["management"])
+        assert key_file.stat().st_mode & 0o777 == 0o600
 
         java = psutil.Process(process.pid).children()[0]
         workers = java.children()

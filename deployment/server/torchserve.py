@@ -16,9 +16,11 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -236,13 +238,28 @@ def served_name(management_port: int, folder: Path | str = ".") -> str:
 
 
 def managed(management_port: int, folder: Path | str, path: str) -> Any:
-    """What the management API answers at `path`, with the key that TorchServe wrote in `folder`, if it asks for one."""
+    """What the management API answers at `path`, with the key that TorchServe wrote in `folder`, if it asks for one.
+
+    That key expires after an hour, for an idle server too. The key `API`, which does not expire, gets the next one:
+    https://github.com/pytorch/serve/blob/master/docs/token_authorization_api.md
+    """
+    try:
+        return json.loads(asked(management_port, folder, path, "management"))
+    except urllib.error.HTTPError as error:
+        if error.code != HTTPStatus.BAD_REQUEST:  # what TorchServe says to a key that it does not take
+            raise
+    asked(management_port, folder, "/token?type=management", "API")  # writes the file anew
+    return json.loads(asked(management_port, folder, path, "management"))
+
+
+def asked(management_port: int, folder: Path | str, path: str, key: str) -> bytes:
+    """The answer at `path`, asked for with that `key` of the file in `folder`."""
     request = urllib.request.Request(f"http://127.0.0.1:{management_port}{path}")
     with contextlib.suppress(FileNotFoundError, KeyError):  # TorchServe writes it when it asks for tokens
         keys = json.loads(Path(folder, "key_file.json").read_text())
-        request.add_header("Authorization", f"Bearer {keys['management']['key']}")
+        request.add_header("Authorization", f"Bearer {keys[key]['key']}")
     with DIRECT.open(request, timeout=5) as answer:
-        return json.load(answer)
+        return answer.read()
 
 
 def is_ready(management_port: int, folder: Path | str = ".", name: str = "fastunet") -> bool:
