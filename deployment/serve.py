@@ -33,6 +33,13 @@ def cloud_port() -> str | None:
     return os.environ.get("PORT" if "K_SERVICE" in os.environ else "AIP_HTTP_PORT")
 
 
+def port_number(value: str) -> int:
+    """`value` as the number of a TCP port; raises argparse.ArgumentTypeError where it is none."""
+    if value.isdecimal() and 1 <= int(value) <= 65535:
+        return int(value)
+    raise argparse.ArgumentTypeError(f"{value} is no port: give 1 to 65535")
+
+
 def parse_args() -> argparse.Namespace:
     """The options of the command."""
     parser = argparse.ArgumentParser(
@@ -50,9 +57,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model-store", default="model_store", help="folder of the archive")
     parser.add_argument("--name", default=os.environ.get("MODEL_NAME"), help="of the model (default: the archive's)")
     parser.add_argument("--host", default="0.0.0.0" if in_cloud else "127.0.0.1", help="address of the predictions")
-    parser.add_argument("--port", type=int, default=in_cloud or 8080, help="port of the predictions")
-    parser.add_argument("--management-port", type=int, default=8081, help="TorchServe's, on loopback")
-    parser.add_argument("--metrics-port", type=int, default=8082, help="port of the metrics for Prometheus")
+    parser.add_argument("--port", type=port_number, default=in_cloud or 8080, help="port of the predictions")
+    parser.add_argument("--management-port", type=port_number, default=8081, help="TorchServe's, on loopback")
+    parser.add_argument("--metrics-port", type=port_number, default=8082, help="port of the metrics for Prometheus")
     parser.add_argument("--metrics-host", default="127.0.0.1", help="address of the metrics, which need no token")
     parser.add_argument("--auth", action="store_true", help="ask for a token; they are written to key_file.json")
     parser.add_argument("--require-gpu", action="store_true", help="do not serve on the CPU (REQUIRE_GPU=1)")
@@ -62,6 +69,17 @@ def parse_args() -> argparse.Namespace:
         help="start nothing: exit with 0 if the server on this machine has a worker that is ready, else with 1",
     )
     return parser.parse_args()
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raises ValueError for options that do not go together."""
+    ports = [options.port, options.metrics_port]
+    if options.server == "torchserve":
+        ports.append(options.management_port)
+    for port in ports:
+        if ports.count(port) > 1:
+            names = "--port, --metrics-port and, for TorchServe, --management-port"
+            raise ValueError(f"port {port} is asked for twice: give {names} different numbers")
 
 
 def announce(url: str, key_file: Path | None) -> Callable[[], None]:
@@ -155,6 +173,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the locale cannot write ends no server
     try:
+        check_options(options)
         folder = own_folder()
         if options.check:
             sys.exit(0 if can_answer(options, folder) else 1)

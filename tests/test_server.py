@@ -645,6 +645,42 @@ def test_a_port_that_is_taken_is_named(model_store, server, ports):
     assert result.returncode == 1 and re.search(rf"error: port {ports['port']} .* is taken", result.stderr)
 
 
+@pytest.mark.parametrize("taken", ["port", "metrics_port"])
+def test_a_port_that_is_taken_while_the_model_loads_is_named(model_store, tmp_path, taken):
+    log = tmp_path / "server.log"
+    with foreground(model_store, tmp_path, "--server=uvicorn") as (process, ports):
+        wait_for(lambda: "starting" in log.read_text())
+        with reserve_port("127.0.0.1", ports[taken]) as other:
+            other.listen()
+            assert process.wait(120) == 1
+    assert log.read_text().splitlines()[-1].startswith(f"error: port {ports[taken]} on 127.0.0.1 is taken: ")
+
+
+def test_the_front_s_port_that_is_taken_is_named():
+    with reserve_port("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with reserve_port("127.0.0.1", port) as second:
+            first.listen()
+            with pytest.raises(OSError, match=f"port {port} on 127.0.0.1 is taken"):
+                open_front(second, free_ports(1)[0], {})
+
+
+@pytest.mark.parametrize("host", ["::1", "203.0.113.7", "localhost.invalid"])
+def test_an_address_that_is_not_this_machine_s_is_no_port_that_is_taken(host):
+    with pytest.raises(OSError, match=f"cannot listen on {host}, port 8080 .* choose an IPv4 address"):
+        reserve_port(host, 8080)
+
+
+def test_ports_that_cannot_be_are_refused_at_the_start(tmp_path):
+    for server, arguments in (("torchserve", ["--port=8081"]), ("uvicorn", ["--metrics-port=8080"])):
+        message = serve_error(tmp_path, *arguments, SERVER=server)
+        assert f"error: port {arguments[0][-4:]} is asked for twice: " in message
+    for port in ("80800", "0", "http"):
+        command = [sys.executable, "-m", "deployment.serve", "--port", port]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 2 and result.stderr.endswith(f"--port: {port} is no port: give 1 to 65535\n")
+
+
 def test_answers_do_not_wait_for_acknowledgments():
     """asyncio sets TCP_NODELAY on a socket whose protocol is named alone; without it small answers take 40 ms more."""
 

@@ -42,7 +42,7 @@ from ..runtime import cores
 from . import inference_protocol, metrics, tracing
 from .connection import Connection
 from .forms import Bodies, read_fields, read_query, twice
-from .processes import allow_files, own_route
+from .processes import allow_files, naming_port, own_route
 
 logger = logging.getLogger(__name__)
 
@@ -282,6 +282,7 @@ def serve_archive(
 
     Raises:
         RuntimeError: the model fails on every image.
+        OSError: another process took a port while the model was loaded.
     """
     for number in (signal.SIGTERM, signal.SIGINT):  # while the model loads, and again when uvicorn is through
         signal.signal(number, lambda *_: sys.exit(0))
@@ -295,7 +296,8 @@ def serve_archive(
         handler.load(folder, threads=None if os.environ.get("OMP_NUM_THREADS") else cores())
         version = version_of(folder)
     host, port = metrics_address
-    prometheus_client.start_http_server(port, host)
+    with naming_port(host, port):
+        prometheus_client.start_http_server(port, host)
     application = Application(handler, name, token, version)
     config = uvicorn.Config(
         application.starlette(),
@@ -310,6 +312,8 @@ def serve_archive(
     )
     server = Server(config, ready)
     application.end = lambda: setattr(server, "should_exit", True)
+    with naming_port(*public.getsockname()):
+        public.listen(config.backlog)
     server.run(sockets=[public])
     if handler.broken:
         raise RuntimeError("the model fails on every image")

@@ -10,7 +10,7 @@ import socket
 import threading
 from collections.abc import Callable
 
-from .processes import allow_files
+from .processes import allow_files, naming_port
 
 MOST_FILES = 4096  # two for each connection
 WAITING = 1024  # connections that nobody has taken yet
@@ -22,9 +22,13 @@ def open_front(public: socket.socket, port: int, routes: dict[str, str]) -> None
 
     Args:
         routes: for paths that TorchServe does not know, those that it has for them.
+
+    Raises:
+        OSError: another process listens there by now.
     """
     allow_files(MOST_FILES)
-    public.listen(WAITING)
+    with naming_port(*public.getsockname()):
+        public.listen(WAITING)
     connections: set[asyncio.Task] = set()  # asyncio does not hold them, and Python clears away what nobody holds
 
     async def copy(

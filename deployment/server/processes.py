@@ -1,6 +1,7 @@
 """Processes, ports and files of this machine: start a server so that it never outlives its parent, find a free port."""
 
 import contextlib
+import errno
 import os
 import random
 import re
@@ -48,21 +49,38 @@ def own_route(variable: str) -> str | None:
 
 
 def reserve_port(host: str, port: int) -> socket.socket:
-    """A socket that holds the port and does not listen yet: connections are refused.
+    """A socket that is bound to the port and does not listen yet: connections are refused.
+
+    Another that does not listen either may be bound to it too: which one has the port is seen when they listen.
 
     Raises:
-        OSError: something listens on the port already; the message names it.
+        OSError: as in `naming_port`.
     """
     s = socket.socket(proto=socket.IPPROTO_TCP)  # named: without it asyncio sets no TCP_NODELAY, which costs 40 ms
     s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        s.bind((host, port))
-    except OSError as e:
+        with naming_port(host, port):
+            s.bind((host, port))
+    except OSError:
         s.close()
-        raise OSError(
-            f"port {port} on {host} is taken ({e.strerror}): stop what listens there or choose another"
-        ) from None
+        raise
     return s
+
+
+@contextlib.contextmanager
+def naming_port(host: str, port: int) -> Iterator[None]:
+    """For a block that takes the port.
+
+    Raises:
+        OSError: it could not; the message names the port and says what to do.
+    """
+    try:
+        yield
+    except OSError as e:
+        if e.errno == errno.EADDRINUSE:
+            raise OSError(f"port {port} on {host} is taken: stop what listens there or choose another") from None
+        what = "choose an IPv4 address of this machine, and a port that this user may open"
+        raise OSError(f"cannot listen on {host}, port {port} ({e.strerror}): {what}") from None
 
 
 def allow_files(number: int) -> None:
