@@ -22,6 +22,7 @@ from .server.front import open_front
 from .server.processes import free_ports, own_folder, own_route, reserve_port
 from .server.torchserve import DIRECT, command, ignored_variables, is_ready, run, served_name
 
+SERVERS = ("torchserve", "uvicorn")
 SAMPLE = "sample/street_view_of_a_small_neighborhood.png"  # of this repository
 
 
@@ -50,7 +51,7 @@ def parse_args() -> argparse.Namespace:
     in_cloud = cloud_port()  # in a container of theirs: reachable from outside
     parser.add_argument(
         "--server",
-        choices=("torchserve", "uvicorn"),
+        choices=SERVERS,
         default=os.environ.get("SERVER") or ("torchserve" if importlib.util.find_spec("ts") else "uvicorn"),
         help="TorchServe, or Starlette on uvicorn",
     )
@@ -72,7 +73,9 @@ def parse_args() -> argparse.Namespace:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raises ValueError for options that do not go together."""
+    """Raises ValueError for options that do not go together, and for a SERVER that is none: argparse does not look."""
+    if options.server not in SERVERS:
+        raise ValueError(f"SERVER={options.server}: choose {' or '.join(SERVERS)}")
     ports = [options.port, options.metrics_port]
     if options.server == "torchserve":
         ports.append(options.management_port)

@@ -709,6 +709,7 @@ def serve_error(folder: Path, *arguments: str, **environment: str) -> str:
 
 
 def test_says_in_one_line_why_it_cannot_start(tmp_path):
+    assert "error: SERVER=Uvicorn: choose torchserve or uvicorn" in serve_error(tmp_path, SERVER="Uvicorn")
     assert "no archive fastunet.mar" in serve_error(tmp_path)
     typo = tmp_path.with_name(f"{tmp_path.name}_")
     assert f"there is no folder {typo}: did you mean {tmp_path.name}?" in serve_error(typo)
