@@ -57,7 +57,7 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
        esac \
     && /opt/uv/bin/uv pip uninstall --python /opt/venv triton \
     && cd /opt/venv/lib/python3*/site-packages/openvino \
-    && rm -r include libs/cache.json libs/libopenvino_intel_[gn]pu_plugin.so \
+    && rm -rf include libs/cache.json libs/libopenvino_intel_[gn]pu_plugin.so \
     && find libs -name '*_frontend.so.*' ! -name '*_ir_frontend.so.*' -delete
 
 FROM ${BASE}

@@ -17,7 +17,7 @@ if ! .venv/bin/python -c '' 2>/dev/null; then
   done
   if [ "$found" ]; then
     echo "making .venv with $($found --version)"
-    $found -m venv .venv || fail "$found cannot make a virtual environment (Debian: apt install python3-venv)"
+    $found -m venv --clear .venv || fail "$found cannot make a virtual environment (Debian: apt install python3-venv)"
   else
     [ "$other" ] || fail "Python 3.10 to 3.14 is needed; no Python 3 is on the PATH"
     echo "$($other --version) is none of 3.10 to 3.14: uv fetches Python 3.13 for .venv"

@@ -1,5 +1,7 @@
 """What the targets of the Makefile do to files."""
 
+import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -38,3 +40,15 @@ def test_clean_removes_what_the_pipeline_wrote_and_nothing_of_the_reader(tmp_pat
     subprocess.run(["make", "-f", MAKEFILE, "clean"], cwd=tmp_path, check=True)
     left = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
     assert sorted(left) == sorted(OWN)
+
+
+def test_an_environment_whose_python_is_gone_is_made_anew(tmp_path):
+    shutil.copy(MAKEFILE.with_name("install.sh"), tmp_path)
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    for name in ("python", "python3"):
+        python.with_name(name).symlink_to("/not/there/python3")
+    env = os.environ | {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}  # nothing is installed into it
+    done = subprocess.run(["sh", "install.sh"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stderr.endswith("error: PyPI cannot be reached: uv is not installed\n")
+    subprocess.run([python, "-c", ""], check=True)
