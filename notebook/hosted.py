@@ -13,6 +13,7 @@ MODEL_STORE = HERE.parent / "model_store"
 OLDEST_TORCH = (2, 6)
 # The machine's own are kept: its GPU's driver fits its torch, and its kernel may have numpy and pillow loaded already.
 KEPT = ("torch", "torchvision", "numpy", "pillow")
+PREPARED = "FASTUNET_HOSTED"  # set in the environment of a machine that is, and of the notebooks that run for that
 LEFT_OUT = ("jupyter", "pyrefly", "ruff")  # the machine is a notebook server, and nobody checks the style there
 
 
@@ -27,18 +28,18 @@ def prepare(notebook: str, learner: str | None = None) -> None:
         FileNotFoundError: there is no learner.pkl in `learner`.
         RuntimeError: the installation or a notebook failed; what it printed says why.
     """
-    if "FASTUNET_HOSTED" in os.environ:  # a notebook that another one runs
+    if PREPARED in os.environ:
         return
     source = find(learner) if learner else None
     requirements = to_install((HERE.parent / "requirements.txt").read_text())
     run(sys.executable, "-m", "pip", "install", "--quiet", *requirements)
-    os.environ["FASTUNET_HOSTED"] = "1"
     before = [f"{n:02}" for n in range(1, int(notebook)) if notebook != "05"]  # 05 stands on none of them
     if source and before:
         shutil.copy(source, MODEL_STORE / "learner.pkl")
         before.remove("01")
     if before:
         run(sys.executable, "run.py", *before, "--into", str(MODEL_STORE))
+    os.environ[PREPARED] = "1"  # the cell may be run again
 
 
 def find(learner: str) -> Path:
@@ -81,7 +82,8 @@ def run(*command: str) -> None:
     Raises:
         RuntimeError: it failed.
     """
-    process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, cwd=HERE, env=os.environ | {PREPARED: "1"}, **streams)
     assert process.stdout
     with process:
         for line in process.stdout:

@@ -81,6 +81,14 @@ def run(notebook: Path, output: Path, parameters: dict[str, str | int]) -> nbfor
     return nbformat.read(output, as_version=4)  # pyrefly: ignore[bad-return]
 
 
+def numbered(number: str) -> Path:
+    """The notebook whose name starts with `number`; raises ValueError where there is none."""
+    notebooks = {path.name.partition("_")[0]: path for path in sorted(HERE.glob("*_*.ipynb"))}
+    if number not in notebooks:
+        raise ValueError(f"there is no notebook {number}: there are {', '.join(notebooks)}")
+    return notebooks[number]
+
+
 def check(parameters: dict[str, str | int]) -> None:
     """What would fail minutes later otherwise.
 
@@ -176,14 +184,14 @@ def main() -> None:
 
     parameters = {name: int(value) if value.isdecimal() else value for name, value in args.parameters}
     try:
+        notebooks = [numbered(number) for number in args.numbers]
         check(parameters)
     except ValueError as e:
         sys.exit(f"error: {e}")
     for name in ("DATA", "STORE", "LEARNER", "PHOTO"):  # paths from here; the kernel runs in notebook/
         if os.path.exists(path := str(parameters.get(name, ""))):
             parameters[name] = os.path.relpath(path, HERE)
-    for number in args.numbers:
-        (notebook,) = HERE.glob(f"{number}_*.ipynb")
+    for notebook in notebooks:
         with tempfile.TemporaryDirectory() as scratch:
             output = (args.into or Path(scratch)) / notebook.name
             try:

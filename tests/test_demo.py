@@ -45,6 +45,13 @@ def test_refused_in_one_line_before_anything_runs(choice, tmp_path):
     assert not done.stdout and not list(tmp_path.iterdir())
 
 
+def test_a_notebook_that_is_not_there_is_refused_before_any_runs(tmp_path):
+    command = [sys.executable, "notebook/run.py", "01", "6", "--into", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "") and not list(tmp_path.iterdir())
+    assert done.stderr == "error: there is no notebook 6: there are 01, 02, 03, 04, 05\n"
+
+
 def write_notebook(path: Path, cells: list[str]) -> None:
     """A notebook of code `cells`, the first of which are its parameters."""
     import nbformat  # slow to import

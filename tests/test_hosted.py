@@ -48,8 +48,29 @@ def test_what_a_notebook_stands_on_is_run(machine, tmp_path):
     hosted.prepare("03")
     assert machine[0][:3] == ["-m", "pip", "install"]
     assert machine[1:] == [["run.py", "01", "02", "--into", str(tmp_path)]]
-    hosted.prepare("02")  # in a notebook that another runs
+    hosted.prepare("02")  # the cell once more
     assert len(machine) == 2
+
+
+def test_a_notebook_that_another_runs_prepares_nothing(machine, monkeypatch):
+    monkeypatch.setenv("FASTUNET_HOSTED", "1")
+    hosted.prepare("02")
+    assert not machine
+
+
+def test_after_a_failure_the_first_cell_can_be_run_again(machine, monkeypatch):
+    take_down = hosted.run
+
+    def fail(*command: str) -> None:
+        take_down(*command)
+        raise RuntimeError("no disk space")
+
+    monkeypatch.setattr(hosted, "run", lambda *command: fail(*command) if "run.py" in command else take_down(*command))
+    with pytest.raises(RuntimeError):
+        hosted.prepare("03")
+    monkeypatch.setattr(hosted, "run", take_down)
+    hosted.prepare("03")
+    assert [command[0] for command in machine] == ["-m", "run.py", "-m", "run.py"]
 
 
 def test_a_learner_of_drive_takes_the_place_of_notebook_01(machine, tmp_path, monkeypatch):
@@ -65,6 +86,11 @@ def test_a_learner_of_drive_takes_the_place_of_notebook_01(machine, tmp_path, mo
     hosted.prepare("03", learner=str(tmp_path / "mine"))
     assert (tmp_path / "learner.pkl").read_bytes() == b"mine"
     assert machine[-1] == ["run.py", "02", "--into", str(tmp_path)]
+
+
+def test_the_notebooks_that_run_know_that_another_runs_them(capsys):
+    hosted.run(sys.executable, "-c", "import os; print(os.environ['FASTUNET_HOSTED'])")
+    assert capsys.readouterr().out == "1\n"
 
 
 def test_a_command_that_fails_is_an_error_after_its_output(capsys):
