@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import quote
 
 import anyio
 import httpx
@@ -415,6 +416,17 @@ def test_description_and_page(url):
         for key in reference.split("/"):
             node = node[key]
     assert references and description["paths"][PREDICT]["post"]
+
+
+@pytest.mark.parametrize("name", ["model #1", "a: b", "@a", "7", "null"])
+def test_the_description_takes_any_name(handler, name):
+    client = TestClient(app.application(handler, name))
+    description = client.get("/openapi.json").json()
+    assert description["info"]["title"] == name
+    path = next(path for path in description["paths"] if path.startswith("/predictions/"))
+    assert client.post(path, content=PHOTO).status_code == 200  # as the page asks
+    assert client.get(f"/v2/models/{quote(name)}").status_code == 200
+    assert f"/v2/models/{quote(name)}" in description["paths"]
 
 
 def test_faults_of_our_own_are_logged_with_their_stack(url, handler, monkeypatch, caplog):

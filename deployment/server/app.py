@@ -21,6 +21,7 @@ from collections.abc import AsyncIterator, Callable
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import anyio
 import anyio.from_thread
@@ -64,8 +65,7 @@ class Application:
         self.handler, self.name, self.token = handler, name, token
         self.path = f"/predictions/{name}"
         self.paths = [f"{self.path}{rest}" for rest in ("", "/", f"/{version}", f"/{version}/")]  # as TorchServe has it
-        written = (HERE / "openapi.yaml").read_text(encoding="utf-8")
-        self.description = yaml.safe_load(written.replace("NAME", name))
+        self.description = described(name)
         self.inference_protocol = inference_protocol.InferenceProtocol(handler, name, version, self.answer)
         if handler.config.task == "segmentation":
             self.description["x-legend"] = legend(handler.config.classes)
@@ -241,6 +241,15 @@ def write_token(key_file: Path) -> str:
     with open(os.open(key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         json.dump({"inference": {"key": token}}, file)
     return token
+
+
+def described(name: str) -> dict[str, Any]:
+    """The description of the server's requests, as OpenAPI has it, where its model is `name`."""
+    description = yaml.safe_load((HERE / "openapi.yaml").read_text(encoding="utf-8"))
+    description["info"]["title"] = name
+    paths = description["paths"].items()
+    description["paths"] = {path.replace("NAME", quote(name)): operations for path, operations in paths}
+    return description
 
 
 def legend(classes: list[str]) -> list[dict[str, str]]:
