@@ -93,7 +93,7 @@ class Handler:
         give_large_blocks_back()
         self.config = read_config(folder)
         self.preprocessor = Preprocessor(self.config, folder)
-        self.threads = runtime.started_threads(threads or int(os.environ.get("OMP_NUM_THREADS") or runtime.cores()))
+        self.threads = runtime.started_threads(threads or runtime.threads_wanted())
         self.model = runtime.load(self.config, folder, gpu, threads)
         self.budget = budget_for_images(share)
         self.batches = itertools.count(1)

@@ -36,7 +36,7 @@ from deployment.export import write_config
 from deployment.export.convert import MIN_AGREEMENT
 from deployment.handler import Handler, Item
 from deployment.photos import Preprocessor
-from deployment.runtime import RuntimeUnavailable, cores
+from deployment.runtime import RuntimeUnavailable, cores, threads_wanted
 from deployment.runtime import openvino as openvino_runtime
 from deployment.runtime.openvino import load_openvino
 from deployment.runtime.pytorch import choose_device, decode, eager, resample_affine, resample_in_graph
@@ -587,6 +587,16 @@ def test_openvino_may_be_asked_by_many_threads(int8):
     with ThreadPoolExecutor(8) as pool:
         masks = [*pool.map(lambda i: outputs_of(model, batches[i % 3]), range(60))]
     assert all(np.array_equal(mask, expected[i % 3]) for i, mask in enumerate(masks))
+
+
+def test_threads_are_as_openmp_counts_them(monkeypatch):
+    for value, threads in (("3", 3), ("4,2", 4), (" 2 ", 2), ("", cores())):
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
+        assert threads_wanted() == threads
+    for value in ("0", "-1", "many", ",2"):
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
+        with pytest.raises(ValueError, match=f"OMP_NUM_THREADS={value}: give a whole number, 1 or more"):
+            threads_wanted()
 
 
 def test_openvino_has_one_worker_that_uses_all_cores(int8, tmp_path, monkeypatch):

@@ -36,13 +36,14 @@ def load(config: Config, folder: Path | str, gpu: int | None = None, threads: in
     Raises:
         RuntimeUnavailable: there is no such runtime or precision, or its package is missing.
         FileNotFoundError: `folder` lacks the model's file.
+        ValueError: as in `threads_wanted`.
     """
     check_runtime(config.runtime, config.precision)
     if config.runtime == "openvino":
         import_optional("openvino")
         from .openvino import load_openvino
 
-        threads = threads or int(os.environ.get("OMP_NUM_THREADS") or cores())
+        threads = threads or threads_wanted()
         return load_openvino(Path(folder, "fastunet.xml"), threads, config.precision, config.img_size)
     import_optional("torch")
     from .pytorch import load_pytorch
@@ -76,6 +77,23 @@ def cores() -> int:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         available = min(available, max(1, math.ceil(int(quota) / int(period))))
     return available
+
+
+def threads_wanted() -> int:
+    """How many threads OMP_NUM_THREADS asks for, else one for each core.
+
+    Of a list, one number for each level of parallel regions that are nested, it is the first.
+
+    Raises:
+        ValueError: that is no number, or less than 1.
+    """
+    given = os.environ.get("OMP_NUM_THREADS")
+    if not given:
+        return cores()
+    first = given.split(",")[0].strip()
+    if not first.isdecimal() or int(first) < 1:
+        raise ValueError(f"OMP_NUM_THREADS={given}: give a whole number, 1 or more")
+    return int(first)
 
 
 def started_threads(n: int) -> ThreadPoolExecutor:
