@@ -70,12 +70,14 @@ def import_optional(package: str):
         raise RuntimeUnavailable(f"this runtime needs `{package}`: pip install {package} ({error})") from None
 
 
-def cores() -> int:
-    """The number of cores this process may really use: its CPU affinity, or less where a cgroup grants less."""
+def cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """The cores this process may really use: its CPU affinity, or less where a cgroup, v2 or v1, grants less."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        available = min(available, max(1, math.ceil(int(quota) / int(period))))
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
+        with contextlib.suppress(OSError, ValueError):  # "max" is no limit
+            quota, period = map(int, " ".join((cgroup / name).read_text() for name in names).split())
+            if quota > 0:  # -1 is none in version 1
+                available = min(available, math.ceil(quota / period))
     return available
 
 
