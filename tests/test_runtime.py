@@ -599,19 +599,17 @@ def test_threads_are_as_openmp_counts_them(monkeypatch):
             threads_wanted()
 
 
-def test_cores_are_those_that_a_cgroup_grants(tmp_path):
-    available = cores(tmp_path)
+def test_cores_are_those_that_a_cgroup_grants(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(8), raising=False)
+    assert cores(tmp_path) == 8
     (tmp_path / "cpu").mkdir()
-    (tmp_path / "cpu/cpu.cfs_quota_us").write_text("-1\n")  # no limit, in version 1
     (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
-    assert cores(tmp_path) == available
-    (tmp_path / "cpu/cpu.cfs_quota_us").write_text("50000\n")
-    assert cores(tmp_path) == 1
-    (tmp_path / "cpu.max").write_text("max 100000\n")
-    (tmp_path / "cpu/cpu.cfs_quota_us").write_text(f"{available * 100_000 - 99_999}\n")
-    assert cores(tmp_path) == available - (available > 1)
-    (tmp_path / "cpu.max").write_text("100000 100000\n")
-    assert cores(tmp_path) == 1
+    for quota, granted in (("-1", 8), ("50000", 1), ("250000", 3), ("900000", 8)):  # -1: no limit, in version 1
+        (tmp_path / "cpu/cpu.cfs_quota_us").write_text(f"{quota}\n")
+        assert cores(tmp_path) == granted
+    for limit, granted in (("max 100000", 8), ("150000 100000", 2)):
+        (tmp_path / "cpu.max").write_text(f"{limit}\n")
+        assert cores(tmp_path) == granted
 
 
 def test_openvino_has_one_worker_that_uses_all_cores(int8, tmp_path, monkeypatch):
