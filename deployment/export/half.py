@@ -72,14 +72,13 @@ def half_precision(
 @contextlib.contextmanager
 def all_of_float32() -> Iterator[None]:
     """Within the block a GPU computes as `cuda.use_all_of_float32` says, and after it as the program had it."""
-    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [backend.allow_tf32 for backend in backends]
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
     cuda.use_all_of_float32()
     try:
         yield
     finally:
-        for backend, allowed in zip(backends, before, strict=True):
-            backend.allow_tf32 = allowed
+        cudnn.allow_tf32, matmul.allow_tf32 = before  # pyrefly: ignore[missing-attribute]  # torch has it by __getattr__
 
 
 def check_it_runs(half: ServedModel, pixels: torch.Tensor, precision: str) -> None:
