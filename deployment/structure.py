@@ -13,6 +13,7 @@ from .protocol import bad_image
 MOST_PARTS = 10_000  # segments of a JPEG, chunks of a PNG, blocks of a GIF, tags of a TIFF
 MOST_SCANS = 100  # of a JPEG, as in libtiff; encoders write 1 to 20
 MOST_VALUES = 100_000  # of a tag of a TIFF, such as the places of its strips
+MOST_RUNS = 500_000  # of a BMP with run-length encoding, which Pillow decodes in Python; each has two bytes or more
 TIFF_BYTES = (1, 2, 7)  # types of tags that are read as one string, however long
 JPEG_PART = re.compile(rb"\xff([^\xff])", re.S)
 JPEG_PART_BETWEEN_SCANS = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])", re.S)
@@ -33,6 +34,8 @@ def check_structure(data: bytes) -> None:
         check_gif(data)
     elif data.startswith(tuple(TiffImagePlugin.PREFIXES)):
         check_tiff(data)
+    elif data.startswith(b"BM"):
+        check_bmp(data)
 
 
 def check_jpeg(data: bytes) -> None:
@@ -102,3 +105,10 @@ def check_tiff(data: bytes) -> None:
     for tag in range(start, start + tags * step, step):
         if number(tag + 2, 2) not in TIFF_BYTES and number(tag + 4, count_length) > MOST_VALUES:
             raise bad_image(f"a TIFF with a tag of more than {MOST_VALUES} values")
+
+
+def check_bmp(data: bytes) -> None:
+    """Count the bytes of one with run-length encoding, which its header tells."""
+    header, compression = (int.from_bytes(data[start : start + 4], "little") for start in (14, 30))
+    if header >= 40 and compression in (1, 2) and len(data) > 2 * MOST_RUNS:
+        raise bad_image(f"a BMP of more than {2 * MOST_RUNS} bytes with run-length encoding: send it as PNG")

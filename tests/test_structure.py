@@ -59,6 +59,14 @@ def tiff_with_strips(n: int) -> bytes:
     return tiff(*size, *strips, content=bytes(32) + places + lengths)
 
 
+def run_length_bmp(size: tuple[int, int], runs: bytes) -> bytes:
+    """An image of 8-bit gray pixels in run-length encoding."""
+    palette = b"".join(bytes([level, level, level, 0]) for level in range(256))
+    start = 54 + len(palette)
+    header = struct.pack("<IiiHHIIiiII", 40, *size, 1, 8, 1, len(runs), 0, 0, 256, 0)
+    return b"BM" + struct.pack("<IHHI", start + len(runs), 0, 0, start) + header + palette + runs
+
+
 LAST_SCAN = JPEG[JPEG.rfind(b"\xff\xda") : -2]
 BOMBS = {
     "jpeg of 400 scans": JPEG[:-2] + 400 * LAST_SCAN + JPEG[-2:],
@@ -78,6 +86,7 @@ BOMBS = {
     "gif with 4 MB between blocks": GIF[:GIF_FIRST_BLOCK] + bytes(4_000_000) + GIF[GIF_FIRST_BLOCK:],
     "tiff of 250,000 strips": tiff_with_strips(250_000),
     "tiff with a large tile": tiff_with_a_large_tile(6400),
+    "bmp of 5 million runs": run_length_bmp((320, 240), 5_000_000 * b"\x01\x05"),
 }
 
 
@@ -118,6 +127,7 @@ def ordinary_files() -> dict[str, bytes]:
         "tiff, jpeg": saved(photo, "TIFF", compression="jpeg"),
         "bigtiff": saved(photo, "TIFF", big_tiff=True),
         "bmp": saved(photo, "BMP"),
+        "bmp, runs": run_length_bmp((600, 400), 400 * (b"\xff\x05\xff\x60\x5a\xc8\0\0") + b"\0\1"),
     }
     if features.check("webp"):
         files["webp"] = saved(photo, "WEBP")
