@@ -113,6 +113,8 @@ class Preprocessor:
         """Raises Rejected for an image of `size` (width, height): 413 above `max_pixels`, 400 if no model takes it."""
         if size[0] * size[1] > self.max_pixels:
             raise too_large(f"more than {self.max_pixels} pixels")
+        if 0 in size:  # as an opener of the reader's own may return it
+            raise bad_image("the image has no pixels")
         if not self.config.takes_size(size):
             raise bad_request("the model takes no photo of this size")
 

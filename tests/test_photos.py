@@ -128,6 +128,16 @@ def test_limit_of_pixels():
     assert (error.value.status, error.value.type) == (413, "TooLarge")
 
 
+def test_an_opener_that_finds_no_pixels_is_refused(tmp_path):
+    (tmp_path / "open_image.py").write_text(
+        "import numpy as np\n\ndef open_image(data):\n    return np.zeros((0, 9, 3), np.uint8)\n"
+    )
+    preprocessor = Preprocessor(dataclasses.replace(SMALL, opener=True, resize=None), tmp_path)
+    with pytest.raises(Rejected, match="no pixels") as error:
+        preprocessor.open(b"any")
+    assert error.value.status == 400
+
+
 def with_limit(max_pixels: int) -> Preprocessor:
     return Preprocessor(dataclasses.replace(SMALL, max_pixels=max_pixels))
 
