@@ -22,7 +22,7 @@ import httpx
 import psutil
 import pytest
 from conftest import ROOT, bomb, draw_photo, encoded
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from deployment.archive import make_archive
 from deployment.export import write_config
@@ -188,6 +188,20 @@ def damaged() -> dict:
     return {"content": bytes(photo[:-2000])}
 
 
+def many_scans() -> dict:
+    photo = encoded(draw_photo(1, (4000, 3000)), "JPEG", progressive=True)
+    return {"content": photo[:-2] + 2000 * photo[photo.rfind(b"\xff\xda") : -2][:40] + photo[-2:]}
+
+
+def many_texts() -> dict:
+    """64 PNGs of 9 kB, whose texts take 12 MB each once they are read."""
+    info = PngImagePlugin.PngInfo()
+    for i in range(3):
+        info.add_itxt(f"k{i}", "a" * 1_000_000 + "\N{SLIGHTLY SMILING FACE}", zip=True)
+    photo = base64.b64encode(encoded(draw_photo(4, (64, 48)), "PNG", pnginfo=info)).decode()
+    return {"json": {"instances": [{"b64": photo}] * 64}}
+
+
 ATTACKS: dict[str, Callable[[], Attack]] = {
     "nothing": lambda: lambda url, over: None,
     "a PNG of 6 kB and 49 megapixels, 8 clients": lambda: by_clients(8, {"content": bomb(7000, 7000)}),
@@ -206,6 +220,8 @@ ATTACKS: dict[str, Callable[[], Attack]] = {
     "requests of 64 images, 1 client": lambda: by_clients(1, many_images()),
     "requests of 64 images, 2 clients": lambda: by_clients(2, many_images()),
     "damaged photos, 8 clients": lambda: by_clients(8, damaged()),
+    "a JPEG of 12 megapixels and 2,000 scans, 8 clients": lambda: by_clients(8, many_scans()),
+    "64 PNGs with texts of 12 MB, 2 clients": lambda: by_clients(2, many_texts()),
 }
 
 
