@@ -194,7 +194,7 @@ def many_scans() -> dict:
 
 
 def many_texts() -> dict:
-    """64 PNGs of 9 kB, whose texts take 12 MB each once they are read."""
+    """64 PNGs of 8 kB, whose texts take 12 MB each once they are read."""
     info = PngImagePlugin.PngInfo()
     for i in range(3):
         info.add_itxt(f"k{i}", "a" * 1_000_000 + "\N{SLIGHTLY SMILING FACE}", zip=True)

@@ -142,16 +142,16 @@ def test_what_encoders_write_is_opened():
         assert np.array_equal(preprocessor(data), expected), name
 
 
-def test_a_broken_file_is_no_image():
-    """What is cut short anywhere is refused as before, and what precedes the cut is not read twice."""
-    for data in (JPEG, PNG, GIF, saved(PHOTO, "TIFF"), saved(PHOTO, "TIFF", big_tiff=True)):
+def test_a_file_that_is_cut_short_is_damaged_and_no_bomb():
+    for data in (JPEG, PNG, GIF, saved(PHOTO, "TIFF"), saved(PHOTO, "TIFF", big_tiff=True), saved(PHOTO, "BMP")):
         for length in (2, 3, 4, 7, 9, 12, 20, 33, len(data) // 2):
-            check_structure(data[:length])
+            with pytest.raises(Rejected, match="not an image of a known format|damaged or cut short"):
+                Preprocessor(CONFIG)(data[:length])
 
 
 def test_scans_behind_the_only_one_cost_nothing():
     """A baseline JPEG ends with the first scan of all components: the count ends there, and libjpeg does."""
-    photo = saved(draw_photo(2, (1600, 1200)), "JPEG")
+    photo = saved(draw_photo(2, (800, 600)), "JPEG")
     scan = photo[photo.rfind(b"\xff\xda") : -2]
     longer = photo[:-2] + 80 * scan + photo[-2:]
     began = time.process_time()
